@@ -1,0 +1,30 @@
+"""The ops: what each one computes, checked arguments, one call. `ops/<op>.py` documents, `reference/<op>.py` specifies."""
+
+from layerskip_kernels.ops.decoder_stack import DecoderLayers, LayerWeights, decoder_stack
+from layerskip_kernels.ops.exit_head import ExitHead, Sampling, exit_head
+from layerskip_kernels.ops.kv_rollback import kv_rollback
+from layerskip_kernels.ops.rms_norm import rms_norm
+from layerskip_kernels.ops.rope_append import rope_append
+from layerskip_kernels.ops.small_linear import small_linear
+from layerskip_kernels.ops.swiglu import swiglu
+from layerskip_kernels.ops.verify_attention import verify_attention
+from layerskip_kernels.ops.verify_rejection import verify_rejection
+from layerskip_kernels.ops.verify_tokens import Verified, verify_tokens
+
+__all__ = [
+    "DecoderLayers",
+    "ExitHead",
+    "LayerWeights",
+    "Sampling",
+    "Verified",
+    "decoder_stack",
+    "exit_head",
+    "kv_rollback",
+    "rms_norm",
+    "rope_append",
+    "small_linear",
+    "swiglu",
+    "verify_attention",
+    "verify_rejection",
+    "verify_tokens",
+]

@@ -1,0 +1,31 @@
+"""Registration with torch.library, so that the ops trace under torch.compile and pass torch.library.opcheck.
+
+Eager calls never come through here: dispatching a Python custom op costs several times a direct call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("layerskip_kernels", "DEF")
+
+
+def register(schema: str, kernel: Callable, fake: Callable) -> None:
+    """Define `layerskip_kernels::<schema>`, run by `kernel`, traced by `fake` (shapes and dtypes only)."""
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"layerskip_kernels::{name}", fake, lib=_LIBRARY)
+
+
+def into(out, result):
+    """Under torch.compile the traced op is functional; honour `out` (a tensor or a sequence like the result) after it."""
+    if out is None:
+        return result
+    if isinstance(result, torch.Tensor):
+        return out.copy_(result)
+    for target, value in zip(out, result):
+        target.copy_(value)
+    return out

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from layerskip_kernels.ops import _check, _library
+from layerskip_kernels.registry import resolve
+
+
+class Sampling(NamedTuple):
+    """How each row draws its token. Every field is a tensor [N] on the device, so that graphs replay fresh noise.
+
+    The noise at (seed, stream, position, token) is a fixed function of these four (see `reference/gumbel.py`), so two
+    calls that agree on them agree on the noise, whatever else they differ in.
+    """
+
+    temperature: torch.Tensor  # float32; 0: the row is greedy
+    seed: torch.Tensor  # int64
+    position: torch.Tensor  # int64: position in the sequence of the token being drawn
+    stream: torch.Tensor | None = None  # int64: request number; None: 0
+    top_k: torch.Tensor | None = None  # int64; 0: off
+    top_p: torch.Tensor | None = None  # float32; 1: off
+    min_p: torch.Tensor | None = None  # float32; 0: off
+
+
+class ExitHead(NamedTuple):
+    token: torch.Tensor  # [N] int64
+    logprob: torch.Tensor  # [N] float32, of the token, before temperature and filters
+    confidence: torch.Tensor  # [N] float32, the largest probability, before temperature and filters
+
+
+_SAMPLING_DTYPES = Sampling(
+    torch.float32, torch.int64, torch.int64, torch.int64, torch.int64, torch.float32, torch.float32
+)
+
+
+def exit_head(
+    hidden: torch.Tensor,
+    norm_weight: torch.Tensor,
+    lm_head: torch.Tensor,
+    *,
+    eps: float,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    sampling: Sampling | None = None,
+    logits_out: torch.Tensor | None = None,
+    out: ExitHead | None = None,
+) -> ExitHead:
+    """Final norm, LM head and choice of the token, for the draft's exit and for the last layer alike.
+
+    ``logits = softcap · tanh(logit_scale · (rms_norm(hidden) @ lm_headᵀ + bias) / softcap)`` in float32, never rounded.
+    Greedy: arg-max, the lowest index wins ties. Sampling: ``argmax(filtered(logits / temperature) + Gumbel noise)``,
+    which draws exactly from ``softmax(filtered(logits / temperature))``; filters are top-k, top-p, min-p in this order,
+    as transformers defines them. NaN counts as minus infinity in the choice.
+
+    Args:
+        hidden: [N, C] float32, float16 or bfloat16, before the final norm.
+        norm_weight: [C]; lm_head: [V, C]; bias: [V]; dtype of hidden.
+        eps: of the norm, > 0.
+        logit_scale, softcap: see above; softcap=None: no cap.
+        sampling: `Sampling`; None: greedy.
+        logits_out: [N, V] float32, receives the logits.
+        out: `ExitHead` of tensors to write the result to.
+
+    Returns:
+        `ExitHead` (token [N] int64, logprob [N] float32, confidence [N] float32).
+
+    Raises:
+        TypeError, ValueError: an argument of wrong dtype, shape, device or range.
+    """
+    _check.tensor("hidden", hidden, (None, None), dtype=_check.FLOATS)
+    rows, width = hidden.shape
+    _check.tensor("norm_weight", norm_weight, (width,), dtype=hidden.dtype, like=hidden)
+    _check.tensor("lm_head", lm_head, (None, width), dtype=hidden.dtype, like=hidden)
+    vocab = lm_head.shape[0]
+    _check.positive("eps", eps)
+    _check.optional("bias", bias, (vocab,), dtype=hidden.dtype, like=hidden)
+    if softcap is not None:
+        _check.positive("softcap", softcap)
+    if sampling is not None:
+        for name, value, dtype in zip(Sampling._fields, sampling, _SAMPLING_DTYPES):
+            required = name in ("temperature", "seed", "position")
+            (_check.tensor if required else _check.optional)(
+                f"sampling.{name}", value, (rows,), dtype=dtype, like=hidden
+            )
+    _check.optional("logits_out", logits_out, (rows, vocab), dtype=torch.float32, like=hidden)
+    if out is not None:
+        for name, value, dtype in zip(ExitHead._fields, out, (torch.int64, torch.float32, torch.float32)):
+            _check.tensor(f"out.{name}", value, (rows,), dtype=dtype, like=hidden)
+    if torch.compiler.is_compiling():
+        result = torch.ops.layerskip_kernels.exit_head(
+            hidden, norm_weight, lm_head, eps, bias, logit_scale, softcap, *(sampling or (None,) * 7), logits_out
+        )
+        return ExitHead(*_library.into(out, result))
+    return resolve("exit_head", hidden.device, hidden.dtype)(
+        hidden,
+        norm_weight,
+        lm_head,
+        eps=eps,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        sampling=sampling,
+        logits_out=logits_out,
+        out=out,
+    )
+
+
+def _kernel(
+    hidden,
+    norm_weight,
+    lm_head,
+    eps,
+    bias=None,
+    logit_scale=1.0,
+    softcap=None,
+    temperature=None,
+    seed=None,
+    position=None,
+    stream=None,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    logits_out=None,
+):
+    sampling = Sampling(temperature, seed, position, stream, top_k, top_p, min_p)
+    return tuple(
+        exit_head(
+            hidden,
+            norm_weight,
+            lm_head,
+            eps=eps,
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            sampling=None if temperature is None else sampling,
+            logits_out=logits_out,
+        )
+    )
+
+
+def _fake(hidden, *args, **kwargs):
+    rows = hidden.shape[0]
+    return (
+        hidden.new_empty(rows, dtype=torch.int64),
+        hidden.new_empty(rows, dtype=torch.float32),
+        hidden.new_empty(rows, dtype=torch.float32),
+    )
+
+
+_library.register(
+    "exit_head(Tensor hidden, Tensor norm_weight, Tensor lm_head, float eps, Tensor? bias=None, "
+    "float logit_scale=1.0, float? softcap=None, Tensor? temperature=None, Tensor? seed=None, "
+    "Tensor? position=None, Tensor? stream=None, Tensor? top_k=None, Tensor? top_p=None, Tensor? min_p=None, "
+    "Tensor(a!)? logits_out=None) -> (Tensor, Tensor, Tensor)",
+    _kernel,
+    _fake,
+)

@@ -1,0 +1,80 @@
+import torch
+
+from layerskip_kernels.ops.exit_head import ExitHead
+from layerskip_kernels.reference.gumbel import gumbel_noise
+from layerskip_kernels.reference.rms_norm import rms_norm
+
+
+def exit_head(
+    hidden,
+    norm_weight,
+    lm_head,
+    *,
+    eps,
+    bias=None,
+    logit_scale=1.0,
+    softcap=None,
+    sampling=None,
+    logits_out=None,
+    out=None,
+):
+    logits = rms_norm(hidden, norm_weight, eps).float() @ lm_head.float().T
+    if bias is not None:
+        logits = logits + bias.float()
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if logits_out is not None:
+        logits_out.copy_(logits)
+
+    scores = torch.where(logits.isnan(), float("-inf"), logits)
+    token = lowest_argmax(scores if sampling is None else perturb(scores, sampling))
+    log_sum = logits.logsumexp(-1)
+    result = ExitHead(
+        token,
+        logits.gather(1, token[:, None])[:, 0] - log_sum,
+        torch.exp(logits.amax(-1) - log_sum),
+    )
+    return result if out is None else ExitHead(*(o.copy_(r) for o, r in zip(out, result)))
+
+
+def lowest_argmax(scores):
+    """Index of the largest score of each row [N, V]; the lowest among equals."""
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    best = scores.amax(-1, keepdim=True)
+    return torch.where(scores == best, index, scores.shape[-1]).amin(-1)
+
+
+def perturb(scores, sampling):
+    """Scores whose arg-max is a draw from softmax(filtered(scores / temperature)); rows of temperature 0 as they are."""
+    temperature = sampling.temperature[:, None]
+    greedy = temperature == 0
+    filtered = filter_scores(scores / torch.where(greedy, 1, temperature), sampling)
+    stream = torch.zeros_like(sampling.seed) if sampling.stream is None else sampling.stream
+    noise = gumbel_noise(sampling.seed, stream, sampling.position, scores.shape[-1])
+    return torch.where(greedy, scores, filtered + noise)
+
+
+def filter_scores(scores, sampling):
+    """Top-k, then top-p, then min-p, as transformers' warpers define them; what they drop becomes minus infinity.
+
+    Top-k keeps ties of the k-th score. Top-p keeps the smallest set of largest probabilities whose sum reaches p, and of
+    equal scores at its edge all of them, so that the set is a threshold and needs no sort.
+    """
+    minus_infinity = float("-inf")
+    if sampling.top_k is not None:
+        vocab = scores.shape[-1]
+        k = torch.where(sampling.top_k > 0, sampling.top_k, vocab).clamp(max=vocab)[:, None]
+        threshold = scores.sort(-1, descending=True).values.gather(1, k - 1)
+        scores = torch.where(scores < threshold, minus_infinity, scores)
+    if sampling.top_p is not None:
+        ordered = scores.sort(-1, descending=True).values
+        before = ordered.softmax(-1).double().cumsum(-1) - ordered.softmax(-1)
+        kept = before < sampling.top_p[:, None].double()
+        kept[:, 0] = True
+        threshold = torch.where(kept, ordered, float("inf")).amin(-1, keepdim=True)
+        scores = torch.where((scores < threshold) & (sampling.top_p[:, None] < 1), minus_infinity, scores)
+    if sampling.min_p is not None:
+        probs = scores.softmax(-1)
+        scores = torch.where(probs < sampling.min_p[:, None] * probs.amax(-1, keepdim=True), minus_infinity, scores)
+    return scores

@@ -1,0 +1,19 @@
+import torch
+
+from layerskip_kernels.reference.rms_norm import rms_norm
+
+
+def small_linear(x, weights, *, bias=None, norm=None, residual=None, out=None):
+    if norm is not None:
+        x = rms_norm(x, *norm)
+    if not isinstance(weights, torch.Tensor):
+        bias = bias or [None] * len(weights)
+        out = out or [None] * len(weights)
+        return [small_linear(x, w, bias=b, out=o) for w, b, o in zip(weights, bias, out)]
+    y = x.float() @ weights.float().T
+    if bias is not None:
+        y = y + bias.float()
+    y = y.to(x.dtype)
+    if residual is not None:
+        y = (residual.float() + y.float()).to(x.dtype)
+    return y if out is None else out.copy_(y)
