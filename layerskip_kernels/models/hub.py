@@ -1,0 +1,56 @@
+"""Where a checkpoint lies: a local folder, or a download from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# safetensors, configuration and tokenizer; never pickles, code, or other frameworks' copies of the weights
+_ALLOW = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
+_IGNORE = ["*/*"]
+
+
+def checkpoint_folder(path_or_id: str | Path) -> Path:
+    """The folder of a checkpoint, downloaded first when `path_or_id` is the id of a model on the hub.
+
+    Raises ValueError when it is neither a folder nor an id, ConnectionError when the hub cannot be reached or has no
+    such model, PermissionError when the model is gated and access was not granted.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        raise ValueError(f"{path_or_id}: GGUF files are not supported, give a folder with safetensors weights")
+    if path.exists():
+        raise ValueError(f"{path_or_id} is a file, give the folder that holds config.json and the safetensors weights")
+    return _download(str(path_or_id))
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is neither an existing folder nor the id of a model on the hub") from error
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=_ALLOW, ignore_patterns=_IGNORE))
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{repo_id} is gated on the hub: accept its licence at https://huggingface.co/{repo_id}, "
+            "then log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConnectionError(
+            f"{repo_id!r} is neither an existing folder nor a model on the hub (if it is private: `hf auth login`)"
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ConnectionError(
+            f"{repo_id!r} is not an existing folder, and the hub could not be reached to look for it there: {error}"
+        ) from error

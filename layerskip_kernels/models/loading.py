@@ -1,0 +1,173 @@
+"""From a checkpoint, or from a live transformers model, to what a decoder runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels.models.checkpoint import Checkpoint, read_json
+from layerskip_kernels.models.config import MODEL_CLASSES, ModelConfig, check_supported, config_dtype, parse_dtype
+from layerskip_kernels.models.hub import checkpoint_folder
+from layerskip_kernels.models.weights import EMBEDDING, LM_HEAD, ModelWeights, assemble, check_tensors, tensor_shapes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for a decoder: configuration, weights, and the tokenizer and folder when there is one."""
+
+    config: ModelConfig
+    weights: ModelWeights
+    tokenizer: PreTrainedTokenizerBase | None = None
+    path: Path | None = None
+
+
+def load_checkpoint(
+    path_or_id: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """Loads a Hugging Face checkpoint: ``config.json``, safetensors weights, and the tokenizer if there is one.
+
+    On the CPU and in their stored dtype the weights stay memory-mapped: do not overwrite the files while in use.
+    No code of the checkpoint is run and no pickle is read.
+
+    Args:
+        path_or_id: a local folder, or the id of a model on the hub.
+        dtype: float32, float16 or bfloat16 (or their names); "auto" is the checkpoint's own.
+        device: where the weights go.
+
+    Raises:
+        ValueError: a model, dtype or file format that is not supported, or files that are damaged or do not match.
+        ConnectionError, PermissionError: the hub has no such model or cannot be reached; the model is gated.
+    """
+    wanted = None if dtype == "auto" else parse_dtype(dtype)
+    folder = checkpoint_folder(path_or_id)
+    hf_config = _read_config(folder)
+    generation_config = None
+    if (folder / "generation_config.json").is_file():
+        generation_config = read_json(folder / "generation_config.json")
+    config = _named(folder / "config.json", lambda: ModelConfig.from_hf(hf_config, generation_config=generation_config))
+    with Checkpoint(folder) as checkpoint:
+        shapes = checkpoint.shapes()
+        check_tensors(config, shapes, checkpoint.where)
+        wanted = wanted or config_dtype(hf_config) or checkpoint.dtype(EMBEDDING)
+        names = list(tensor_shapes(config))
+        if LM_HEAD in shapes and LM_HEAD not in names:
+            names.append(LM_HEAD)
+        tensors = {name: checkpoint.tensor(name, dtype=wanted, device=torch.device(device)) for name in names}
+    config = _untie_if_different(replace(config, dtype=wanted), tensors)
+    return LoadedModel(config, assemble(config, tensors), _read_tokenizer(folder), folder)
+
+
+def from_transformers(model: PreTrainedModel) -> LoadedModel:
+    """Uses the weights of a live transformers model, sharing their storage and leaving the model as it is.
+
+    Rotary frequencies come from the configuration in float32, also where the model was cast as a whole
+    (``model.half()``) and keeps rounded ones.
+
+    Raises:
+        TypeError: `model` is not one of transformers' supported causal language models.
+        ValueError: it is quantized, has adapters, or its weights are not on one device in one supported dtype.
+    """
+    model = getattr(model, "_orig_mod", model)
+    tensors = _live_tensors(model)
+    first = tensors[EMBEDDING]
+    config = ModelConfig.from_hf(model.config, dtype=first.dtype, generation_config=model.generation_config)
+    check_tensors(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda name: "the model")
+    config = _untie_if_different(config, tensors)
+    return LoadedModel(config, assemble(config, tensors))
+
+
+def _named(where: Path, read):
+    """Puts the name of the file in front of what is wrong with its contents."""
+    try:
+        return read()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint")
+    raw = read_json(path)
+    # before transformers sees it: it would ask on the terminal whether to run such code
+    if raw.get("auto_map"):
+        raise ValueError(f"{path}: auto_map={raw['auto_map']} is not supported, code of a checkpoint is never run")
+    _named(path, lambda: check_supported(raw.get))
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds, each about the contents of this file
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+
+
+def _untie_if_different(config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig:
+    """transformers' rule: a head stored beside the embedding it should be tied to stays apart when it differs."""
+    if not config.tie_word_embeddings or LM_HEAD not in tensors:
+        return config
+    embedding, head = tensors[EMBEDDING], tensors[LM_HEAD]
+    same = embedding.data_ptr() == head.data_ptr() or torch.equal(embedding, head)
+    return config if same else replace(config, tie_word_embeddings=False)
+
+
+def _live_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, torch.nn.Module) else {}
+    if any(".lora_" in name or ".base_layer." in name for name in parameters) or hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            "the model has adapters that are not merged into its weights: use model.merge_and_unload() first"
+        )
+    _check_class(model)
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise ValueError("the model is quantized, which is not supported: load it in float32, float16 or bfloat16")
+    if EMBEDDING not in parameters:
+        raise ValueError(f"the model has no parameter {EMBEDDING}")
+    first = parameters[EMBEDDING]
+    parse_dtype(first.dtype)
+    for name, parameter in parameters.items():
+        if type(parameter.data) is not torch.Tensor:
+            raise ValueError(
+                f"{name} is a {type(parameter.data).__name__}, only models with plain tensors are supported"
+            )
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device, it has no data: load the weights on a real device first")
+        if parameter.device != first.device:
+            raise ValueError(
+                f"{name} is on {parameter.device} but {EMBEDDING} is on {first.device}: "
+                "load the model on one device, without device_map"
+            )
+        if parameter.dtype != first.dtype:
+            raise ValueError(
+                f"{name} is {parameter.dtype} but {EMBEDDING} is {first.dtype}: use model.to({first.dtype})"
+            )
+        if not parameter.is_contiguous():
+            raise ValueError(f"{name} is not contiguous, with strides {parameter.stride()}")
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def _check_class(model: object) -> None:
+    for cls in type(model).__mro__:
+        if cls.__name__ in MODEL_CLASSES.values() and cls.__module__.startswith("transformers."):
+            return
+    raise TypeError(
+        f"model is a {type(model).__name__}, supported are transformers' {', '.join(sorted(MODEL_CLASSES.values()))}"
+    )
