@@ -55,11 +55,13 @@ class BackendUnavailable(RuntimeError):
 def _backend(name: str) -> ModuleType | str:
     """The backend's package, or the reason it is not part of this installation."""
     try:
-        return import_module(_MODULES[name])
+        module = import_module(_MODULES[name])
     except ModuleNotFoundError as error:
         if error.name == _MODULES[name]:
             return "not part of this version yet"
         return f"the package {error.name} is not installed"
+    # A leftover folder without code imports too, as a namespace package.
+    return module if hasattr(module, "OPS") else "not part of this version yet"
 
 
 def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -41,13 +41,15 @@ def small_linear(
         _check.tensor(f"weights[{i}]" if many else "weights", w, (None, width), dtype=x.dtype, like=x)
         _check.optional(f"bias[{i}]" if many else "bias", bs[i], (w.shape[0],), dtype=x.dtype, like=x)
     if norm is not None:
+        if not isinstance(norm, (tuple, list)) or len(norm) != 2:
+            raise TypeError(f"norm: expected (weight, eps), got {type(norm).__name__}")
         _check.tensor("norm[0]", norm[0], (width,), dtype=x.dtype, like=x)
         _check.positive("norm[1]", norm[1])
     if residual is not None and many:
         raise ValueError("residual: needs a single weight, got a list")
     _check.optional("residual", residual, (rows, ws[0].shape[0]), dtype=x.dtype, like=x)
     if out is not None:
-        outs = list(out) if many else [out]
+        outs = _sequence("out", out) if many else [out]
         if len(outs) != len(ws):
             raise ValueError(f"out: {len(outs)} tensors, expected {len(ws)} like weights")
         for i, (o, w) in enumerate(zip(outs, ws)):
@@ -62,13 +64,21 @@ def small_linear(
 def _lists(weights, bias) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     if isinstance(weights, torch.Tensor):
         return [weights], [bias]
+    if not isinstance(weights, Sequence):
+        raise TypeError(f"weights: expected a tensor or a list of tensors, got {type(weights).__name__}")
     ws = list(weights)
     if not ws:
         raise ValueError("weights: an empty list, expected at least one tensor")
-    bs = [None] * len(ws) if bias is None else list(bias)
+    bs = [None] * len(ws) if bias is None else _sequence("bias", bias)
     if len(bs) != len(ws):
         raise ValueError(f"bias: {len(bs)} entries, expected {len(ws)} like weights")
     return ws, bs
+
+
+def _sequence(name, value) -> list:
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected a list like weights, got {type(value).__name__}")
+    return list(value)
 
 
 def _kernel(x, weights, bias, norm_weight=None, norm_eps=0.0, residual=None):

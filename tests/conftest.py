@@ -1,0 +1,54 @@
+"""The `backend` fixtures: op tests name their op in a module constant `OP` and run on every backend that has it here.
+
+`backend` goes over all of them, `kernels` over all but the reference; both are active (`use_backend`) during the test.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import layerskip_kernels as lk
+from layerskip_kernels import registry
+
+
+class Backend(NamedTuple):
+    name: str
+    device: str
+
+
+def backends_of(op: str) -> list[Backend]:
+    """Backends that run `op` on this machine, each with the device its test inputs live on."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    devices = {"reference": "cpu", "cpu": "cpu", "cuda": "cuda", "triton": "cpu" if interpreted else "cuda"}
+    found = [Backend(name, device) for name, device in devices.items() if device == "cpu" or torch.cuda.is_available()]
+    return [b for b in found if registry.why_not(b.name, op, torch.device(b.device), torch.float32) is None]
+
+
+def pytest_generate_tests(metafunc):
+    for fixture in {"backend", "kernels"} & set(metafunc.fixturenames):
+        choices = [b for b in backends_of(metafunc.module.OP) if fixture == "backend" or b.name != "reference"]
+        metafunc.parametrize(
+            fixture,
+            [pytest.param(b, marks=pytest.mark.gpu if b.device == "cuda" else ()) for b in choices],
+            ids=[b.name for b in choices],
+            indirect=True,
+        )
+
+
+def _active(request):
+    with lk.use_backend(request.param.name):
+        yield request.param
+
+
+backend = pytest.fixture(_active, name="backend")
+kernels = pytest.fixture(_active, name="kernels")
+
+
+@pytest.fixture(autouse=True)
+def _default_backend(monkeypatch):
+    """What the shell exports must not decide which kernels are tested."""
+    monkeypatch.delenv("LAYERSKIP_BACKEND", raising=False)
