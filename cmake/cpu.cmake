@@ -1,0 +1,63 @@
+# The CPU library: every op compiled once per instruction set, plus the parts that are compiled once.
+
+# One line per op. Each csrc/cpu/<op>.cpp is compiled for every variant.
+set(LAYERSKIP_CPU_OPS
+    rms_norm
+    small_linear
+)
+list(TRANSFORM LAYERSKIP_CPU_OPS PREPEND csrc/cpu/)
+list(TRANSFORM LAYERSKIP_CPU_OPS APPEND .cpp)
+
+# Contracting a*b+c would let two instances of one template round differently. The kernels ask for FMA where they want it.
+set(LAYERSKIP_CPU_FLAGS -ffp-contract=off -Wall -Wextra)
+
+set(LAYERSKIP_CPU_VARIANTS scalar)
+set(LAYERSKIP_FLAGS_scalar "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+    list(APPEND LAYERSKIP_CPU_VARIANTS avx2 avx512 avx512_bf16)
+    set(LAYERSKIP_FLAGS_avx2 -mavx2 -mfma -mf16c)
+    # GCC 12 takes the undefined pass-through operands of its own AVX-512 intrinsics for mistakes.
+    set(LAYERSKIP_FLAGS_avx512 ${LAYERSKIP_FLAGS_avx2} -Wno-maybe-uninitialized -Wno-uninitialized -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
+    set(LAYERSKIP_FLAGS_avx512_bf16 ${LAYERSKIP_FLAGS_avx512} -mavx512bf16)
+endif()
+
+add_library(layerskip_cpu STATIC
+    csrc/cpu/cpu_features.cpp
+    csrc/cpu/dispatch.cpp
+    csrc/cpu/thread_pool.cpp
+    csrc/cpu/workspace.cpp
+)
+target_include_directories(layerskip_cpu PUBLIC csrc)
+target_compile_options(layerskip_cpu PRIVATE ${LAYERSKIP_CPU_FLAGS})
+target_link_libraries(layerskip_cpu PUBLIC Threads::Threads)
+
+foreach(variant IN LISTS LAYERSKIP_CPU_VARIANTS)
+    set(objects layerskip_cpu_${variant})
+    add_library(${objects} OBJECT ${LAYERSKIP_CPU_OPS})
+    target_include_directories(${objects} PRIVATE csrc)
+    string(TOUPPER ${variant} upper)
+    target_compile_definitions(${objects} PRIVATE LK_VARIANT=${variant} LK_VARIANT_${upper}=1)
+    target_compile_options(${objects} PRIVATE ${LAYERSKIP_CPU_FLAGS} ${LAYERSKIP_FLAGS_${variant}})
+    target_sources(layerskip_cpu PRIVATE $<TARGET_OBJECTS:${objects}>)
+    target_compile_definitions(layerskip_cpu PRIVATE LK_HAVE_${upper}=1)
+    list(APPEND LAYERSKIP_INSTRUMENTED ${objects})
+    if(NOT variant STREQUAL "scalar" AND NOT LAYERSKIP_SANITIZE)
+        list(APPEND LAYERSKIP_CHECKED_OBJECTS $<TARGET_OBJECTS:${objects}>)
+    endif()
+endforeach()
+
+# A weak symbol (an inline function of a standard header, say) compiled with AVX flags may be the copy the linker keeps for
+# everybody, and then the scalar variant dies with SIGILL on an old processor. So such objects may share none.
+if(LAYERSKIP_CHECKED_OBJECTS AND CMAKE_NM)
+    add_custom_command(TARGET layerskip_cpu POST_BUILD VERBATIM COMMAND_EXPAND_LISTS
+        COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -P ${CMAKE_SOURCE_DIR}/cmake/check_weak_symbols.cmake
+                ${LAYERSKIP_CHECKED_OBJECTS})
+endif()
+
+if(LAYERSKIP_SANITIZE)
+    foreach(target IN ITEMS layerskip_cpu ${LAYERSKIP_INSTRUMENTED})
+        target_compile_options(${target} PRIVATE -fsanitize=${LAYERSKIP_SANITIZE} -fno-omit-frame-pointer -g)
+    endforeach()
+    target_compile_options(layerskip_cpu INTERFACE -fsanitize=${LAYERSKIP_SANITIZE})
+    target_link_options(layerskip_cpu INTERFACE -fsanitize=${LAYERSKIP_SANITIZE})
+endif()

@@ -1,0 +1,17 @@
+# The CUDA library. CMAKE_CUDA_ARCHITECTURES comes from setup.py; the runtime is linked statically, so the module loads
+# on a machine without a driver.
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+enable_language(CUDA)
+
+# One line per op, compiled as csrc/cuda/<op>.cu.
+set(LAYERSKIP_CUDA_OPS
+)
+list(TRANSFORM LAYERSKIP_CUDA_OPS PREPEND csrc/cuda/)
+list(TRANSFORM LAYERSKIP_CUDA_OPS APPEND .cu)
+
+add_library(layerskip_cuda STATIC csrc/cuda/device_query.cu ${LAYERSKIP_CUDA_OPS})
+target_include_directories(layerskip_cuda PUBLIC csrc)
+target_compile_options(layerskip_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall>)

@@ -1,0 +1,81 @@
+#include "cpu/cpu_features.h"
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace lk {
+namespace {
+
+#if defined(__x86_64__)
+struct Cpuid {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  Cpuid(unsigned leaf, unsigned subleaf) { __get_cpuid_count(leaf, subleaf, &a, &b, &c, &d); }
+};
+
+// The register state the operating system saves on a context switch (XCR0); without it the registers can't be used.
+uint64_t saved_state() {
+  if (!(Cpuid(1, 0).c >> 27 & 1)) return 0;  // OSXSAVE
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return uint64_t(high) << 32 | low;
+}
+
+struct Feature {
+  const char* name;
+  bool present;
+};
+
+std::string missing(std::initializer_list<Feature> features) {
+  std::string names;
+  for (const Feature& feature : features)
+    if (!feature.present) names += (names.empty() ? "" : ", ") + std::string(feature.name);
+  return names.empty() ? "" : "the processor or its operating system lacks " + names;
+}
+#endif
+
+}  // namespace
+
+std::vector<std::string> built_variants() {
+  return {
+      "scalar",
+#if defined(LK_HAVE_AVX2)
+      "avx2",
+#endif
+#if defined(LK_HAVE_AVX512)
+      "avx512",
+#endif
+#if defined(LK_HAVE_AVX512_BF16)
+      "avx512_bf16",
+#endif
+  };
+}
+
+std::string why_variant_unsupported(const std::string& variant) {
+#if defined(__x86_64__)
+  const Cpuid one(1, 0), seven(7, 0), seven_one(7, 1);
+  const uint64_t state = saved_state();
+  const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6;
+  const Feature avx2[] = {{"AVX2", bool(seven.b >> 5 & 1)},
+                          {"FMA", bool(one.c >> 12 & 1)},
+                          {"F16C", bool(one.c >> 29 & 1)},
+                          {"the saved YMM state", ymm}};
+  const Feature avx512[] = {{"AVX512F", bool(seven.b >> 16 & 1)},
+                            {"AVX512DQ", bool(seven.b >> 17 & 1)},
+                            {"AVX512BW", bool(seven.b >> 30 & 1)},
+                            {"AVX512VL", bool(seven.b >> 31 & 1)},
+                            {"the saved ZMM state", zmm}};
+  const Feature bf16 = {"AVX512_BF16", bool(seven_one.a >> 5 & 1)};
+  if (variant == "avx2") return missing({avx2[0], avx2[1], avx2[2], avx2[3]});
+  if (variant == "avx512" || variant == "avx512_bf16")
+    return missing({avx2[0], avx2[1], avx2[2], avx2[3], avx512[0], avx512[1], avx512[2], avx512[3], avx512[4],
+                    variant == "avx512_bf16" ? bf16 : Feature{"", true}});
+#endif
+  return variant == "scalar" ? "" : "not built for this processor";
+}
+
+}  // namespace lk

@@ -1,0 +1,23 @@
+// Every native CPU op: one argument struct, one entry point per variant, and lk::<op>, which calls the active variant's.
+#pragma once
+
+#include "cpu/rms_norm.h"
+#include "cpu/small_linear.h"
+
+#define LK_CPU_OPS(OP)          \
+  OP(rms_norm, RmsNormArgs)     \
+  OP(small_linear, SmallLinearArgs)
+
+#define LK_DECLARE_OP(name, Args) void name(const Args& args);
+#define LK_DECLARE_VARIANT(variant)  \
+  namespace lk::variant {            \
+  LK_CPU_OPS(LK_DECLARE_OP)          \
+  }
+
+namespace lk {
+LK_CPU_OPS(LK_DECLARE_OP)
+}
+LK_DECLARE_VARIANT(scalar)
+LK_DECLARE_VARIANT(avx2)
+LK_DECLARE_VARIANT(avx512)
+LK_DECLARE_VARIANT(avx512_bf16)

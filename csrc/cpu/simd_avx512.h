@@ -1,0 +1,79 @@
+// AVX-512 F, BW, VL, DQ: sixteen floats. Included by simd.h only.
+#pragma once
+
+#include <immintrin.h>
+
+namespace lk::LK_VARIANT {
+
+constexpr int kWidth = 16;
+constexpr int kRegisters = 24;  // vector accumulators a tile may hold, of 32 registers
+
+typedef __m512 vf;
+
+LK_INLINE vf zero() { return _mm512_setzero_ps(); }
+LK_INLINE vf set1(float value) { return _mm512_set1_ps(value); }
+LK_INLINE __mmask16 first_lanes(int64_t n) { return __mmask16((1u << n) - 1); }
+
+LK_INLINE vf widen(__m256i raw, bf16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+LK_INLINE vf widen(__m256i raw, f16) { return _mm512_cvtph_ps(raw); }
+
+// Not vcvtneps2bf16: that one flushes subnormals.
+LK_INLINE __m256i narrow(vf x, bf16) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+LK_INLINE __m256i narrow(vf x, f16) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+LK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
+LK_INLINE vf load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+LK_INLINE void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+LK_INLINE void store(float* p, vf x, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+
+template <class T>
+LK_INLINE vf load(const T* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T()); }
+template <class T>
+LK_INLINE vf load(const T* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T()); }
+template <class T>
+LK_INLINE void store(T* p, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x, T())); }
+template <class T>
+LK_INLINE void store(T* p, vf x, int64_t n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(x, T())); }
+
+LK_INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+LK_INLINE vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+LK_INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+LK_INLINE vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
+LK_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+LK_INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
+LK_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+
+LK_INLINE float sum(vf x) {
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+LK_INLINE float max_of(vf x) {
+  const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+LK_INLINE vf round_int(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+LK_INLINE vf exp_fixup(vf x, vf p, vf n) {
+  const __m512i exponent = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(126)), 23);
+  vf r = _mm512_mul_ps(_mm512_mul_ps(p, _mm512_castsi512_ps(exponent)), set1(2));
+  r = _mm512_mask_mov_ps(r, _mm512_cmp_ps_mask(x, set1(-86.9f), _CMP_LT_OQ), zero());
+  r = _mm512_mask_mov_ps(r, _mm512_cmp_ps_mask(x, set1(88.72f), _CMP_GT_OQ), set1(__builtin_inff()));
+  return _mm512_mask_mov_ps(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
+}
+
+LK_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace lk::LK_VARIANT

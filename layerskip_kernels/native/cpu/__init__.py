@@ -1,0 +1,46 @@
+"""Backend "cpu": the native library of csrc/cpu. Its variant (scalar, AVX2, AVX-512, AVX-512-BF16) is picked at run time;
+LAYERSKIP_CPU_VARIANT overrides the choice."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from layerskip_kernels.native import cpu_library
+from layerskip_kernels.native.tensor import FLOAT_DTYPES
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """Why the backend can't be used here; None when it can."""
+    library, reason = cpu_library()
+    if library is None:
+        return reason
+    try:
+        library.active_variant()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def why_unsupported(op: str, *, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `op` can't run on tensors of this device and dtype; None when it can."""
+    if op not in OPS:
+        return f"it has no {op}"
+    if device.type != "cpu":
+        return f"it takes cpu tensors, not {device.type}"
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        return f"it takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+OPS = {}
+if cpu_library()[0] is not None:
+    from layerskip_kernels.native.cpu.rms_norm import rms_norm
+    from layerskip_kernels.native.cpu.small_linear import small_linear
+
+    OPS = {
+        "rms_norm": rms_norm,
+        "small_linear": small_linear,
+    }
