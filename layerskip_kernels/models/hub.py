@@ -29,6 +29,7 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -50,7 +51,8 @@ def _download(repo_id: str) -> Path:
         raise ConnectionError(
             f"{repo_id!r} is neither an existing folder nor a model on the hub (if it is private: `hf auth login`)"
         ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+        reason = str(error).splitlines()[0]
         raise ConnectionError(
-            f"{repo_id!r} is not an existing folder, and the hub could not be reached to look for it there: {error}"
+            f"{repo_id!r} is not an existing folder, and the hub could not be reached to look for it there: {reason}"
         ) from error

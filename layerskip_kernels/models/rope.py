@@ -139,7 +139,7 @@ class Rope:
         compute = ROPE_INIT_FUNCTIONS[self.rope_type]
         cpu = torch.device("cpu")
         # one call per length with a tensor, as transformers does while decoding: a vectorised power rounds differently
-        lengths = torch.arange(self._last_short + have + 1, self._last_short + rows + 1)
         with cpu:
+            lengths = torch.arange(self._last_short + have + 1, self._last_short + rows + 1)
             new = torch.stack([compute(self._config, cpu, seq_len=length)[0] for length in lengths])
         self._table = torch.cat([self._table, new.to(self._table)])
