@@ -25,7 +25,9 @@ __all__ = [*_PUBLIC, "__version__"]
 
 def __getattr__(name: str):
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'layerskip_kernels' has no attribute {name!r}; public names: {', '.join(_PUBLIC)}")
+        raise AttributeError(
+            f"module 'layerskip_kernels' has no attribute {name!r}; public names: {', '.join(_PUBLIC)}"
+        )
     value = import_module("layerskip_kernels.ops") if name == "ops" else getattr(import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value

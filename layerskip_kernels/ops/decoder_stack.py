@@ -158,9 +158,7 @@ def compose(
         q, k, v = (t.view(batch, window, -1, dim) for t in (q, k, v))
         where = dict(lengths=lengths, slot_ids=slot_ids, num_queries=num_queries)
         rope = (inv_freq, attention_factor) if layer.use_rope else (torch.zeros_like(inv_freq), 1.0)
-        ops.rope_append(
-            q, k, v, keys, values, positions=positions, inv_freq=rope[0], attention_factor=rope[1], **where
-        )
+        ops.rope_append(q, k, v, keys, values, positions=positions, inv_freq=rope[0], attention_factor=rope[1], **where)
         attended = ops.verify_attention(q, keys, values, scale=scale, sliding_window=layer.sliding_window, **where)
         x = ops.small_linear(attended.view(batch * window, -1), layer.o, bias=layer.o_bias, residual=x)
         gate, up = ops.small_linear(

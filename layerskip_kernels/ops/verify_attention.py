@@ -82,9 +82,7 @@ def verify_attention(
     )
 
 
-def _kernel(
-    q, k_cache, v_cache, lengths, scale, slot_ids=None, num_queries=None, tree_mask=None, sliding_window=None
-):
+def _kernel(q, k_cache, v_cache, lengths, scale, slot_ids=None, num_queries=None, tree_mask=None, sliding_window=None):
     return verify_attention(
         q,
         k_cache,

@@ -1,9 +1,7 @@
 import torch
 
 
-def kv_rollback(
-    k_cache, v_cache, lengths, keep, *, slot_ids=None, path=None, window, scrub=False, block_table=None
-):
+def kv_rollback(k_cache, v_cache, lengths, keep, *, slot_ids=None, path=None, window, scrub=False, block_table=None):
     for b in range(lengths.shape[0]):
         slot = b if slot_ids is None else int(slot_ids[b])
         start, kept = int(lengths[b]), int(keep[b])

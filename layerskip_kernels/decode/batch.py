@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class SamplingOptions:
+    """Sampling of one request; None in place of it means greedy."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stream: int
+
+
+@dataclass
+class Request:
+    """One prompt and what came of it."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    sampling: SamplingOptions | None = None
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    slot: int = -1
+
+
+class Batch:
+    """Device state of the running sequences: row i of every tensor is sequence i, in cache slot `slot_ids[i]`.
+
+    Rows of finished sequences are removed, so that an idle slot costs nothing; a row's results do not depend on its index.
+    """
+
+    def __init__(self, rows: int, device: torch.device):
+        def make(dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(rows, dtype=dtype, device=device)
+
+        self.requests: list[Request] = []
+        self.slot_ids = make(torch.int32)
+        self.lengths = make(torch.int32)  # positions valid in every layer the strategy runs
+        self.pending = make(torch.int64)  # the last emitted token, which no layer has seen
+        self.remaining = make(torch.int32)
+        self.finished = make(torch.bool)
+        self.temperature = make(torch.float32)
+        self.top_k = make(torch.int64)
+        self.top_p = make(torch.float32)
+        self.seed = make(torch.int64)
+        self.stream = make(torch.int64)
+        self._tensors = [t for t in vars(self).values() if isinstance(t, torch.Tensor)]
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def add(self, request: Request) -> None:
+        """`request` has been prefilled: its prompt is in the cache, its first token is emitted."""
+        row = len(self)
+        self.requests.append(request)
+        self.slot_ids[row] = request.slot
+        self.lengths[row] = len(request.prompt)
+        self.pending[row] = request.tokens[-1]
+        self.remaining[row] = request.max_new_tokens - len(request.tokens)
+        self.finished[row] = False
+        if request.sampling is not None:
+            for name, value in vars(request.sampling).items():
+                getattr(self, name)[row] = value
+
+    def drop_finished(self) -> list[Request]:
+        """Remove the rows whose request has a finish reason; returns these requests."""
+        dropped = [r for r in self.requests if r.finish_reason]
+        if dropped:
+            keep = [i for i, r in enumerate(self.requests) if not r.finish_reason]
+            index = torch.tensor(keep, dtype=torch.int64, device=self.lengths.device)
+            for tensor in self._tensors:
+                tensor[: len(keep)] = tensor[index]
+            self.requests = [self.requests[i] for i in keep]
+        return dropped

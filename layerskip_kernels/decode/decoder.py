@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from layerskip_kernels import registry
+from layerskip_kernels.decode.batch import Request, SamplingOptions
+from layerskip_kernels.decode.cache import KVCache
+from layerskip_kernels.decode.generate import STRATEGIES, Generation
+from layerskip_kernels.decode.model import Model
+from layerskip_kernels.decode.prompts import encode
+from layerskip_kernels.decode.result import GenerationResult
+from layerskip_kernels.decode.stop import StopStrings
+
+log = logging.getLogger("layerskip_kernels")
+
+DEFAULT_SPECULATIONS = 6
+CAPACITY_STEP = 256  # the cache grows in these steps
+
+
+class SelfSpeculativeDecoder:
+    """LayerSkip decoding of one model: its first `exit_layer` layers draft, the others verify (arXiv 2404.16710).
+
+    Make one with `from_pretrained` or `from_model`. Calls from several threads are served one after the other.
+
+    Attributes:
+        config: `ModelConfig`; tokenizer: the checkpoint's, or None.
+        exit_layer, num_speculations: what `generate` uses unless told otherwise.
+        ops: the bound ops, with `ops.backends` saying which backend serves each.
+    """
+
+    def __init__(self, loaded, *, exit_layer, num_speculations, backend, max_batch_size, max_length):
+        config = loaded.config
+        self.config, self.tokenizer = config, loaded.tokenizer
+        self.ops = registry.bind(loaded.weights.embedding.device, loaded.weights.embedding.dtype, backend)
+        self.model = Model(config, loaded.weights, self.ops)
+        self.exit_layer = _exit_layer(exit_layer, config, config.exit_layer or max(1, config.num_layers // 4))
+        recorded = config.num_speculations
+        self.num_speculations = _speculations(num_speculations, DEFAULT_SPECULATIONS if recorded is None else recorded)
+        self.max_batch_size = _whole("max_batch_size", max_batch_size, 1)
+        self.max_length = None if max_length is None else _whole("max_length", max_length, 2)
+        self._cache: KVCache | None = None
+        self._lock = threading.RLock()
+        self._busy = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        exit_layer: int | None = None,
+        num_speculations: int | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        backend: str = "auto",
+        max_batch_size: int = 8,
+        max_length: int | None = None,
+    ) -> SelfSpeculativeDecoder:
+        """Load a Hugging Face checkpoint, safetensors only.
+
+        Args:
+            model: a local folder or a hub id.
+            exit_layer: E, 1..L-1. None: the value recorded with the checkpoint, else L // 4.
+            num_speculations: K, drafted tokens per round, 0 or more. None: the recorded value, else 6.
+            dtype: "float32", "float16", "bfloat16", or "auto" for the checkpoint's own.
+            device: "cpu", "cuda", ..., or "auto" for a GPU when there is one.
+            backend: "auto", "cuda", "triton", "cpu" or "reference"; an explicit choice raises when it can't run.
+            max_batch_size: sequences decoded together; further prompts wait for a free cache slot.
+            max_length: prompt plus new tokens of a sequence, at most. None: as many as each call asks for.
+
+        Raises:
+            ValueError, FileNotFoundError: unusable arguments or checkpoint, in one sentence.
+            BackendUnavailable: the chosen backend can't run here.
+        """
+        from layerskip_kernels.models.loading import load_checkpoint
+
+        registry.check_backend_name(backend)
+        if str(device) == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(
+            load_checkpoint(model, dtype=dtype, device=device),
+            exit_layer=exit_layer,
+            num_speculations=num_speculations,
+            backend=backend,
+            max_batch_size=max_batch_size,
+            max_length=max_length,
+        )
+
+    @classmethod
+    def from_model(
+        cls,
+        hf_model: Any,
+        *,
+        exit_layer: int | None = None,
+        num_speculations: int | None = None,
+        tokenizer: Any = None,
+        backend: str = "auto",
+        max_batch_size: int = 8,
+        max_length: int | None = None,
+    ) -> SelfSpeculativeDecoder:
+        """Decode a live transformers model, sharing its weights; the model is not modified.
+
+        Arguments and errors as in `from_pretrained`; `tokenizer` makes strings usable as prompts.
+        """
+        from layerskip_kernels.models.loading import from_transformers
+
+        loaded = from_transformers(hf_model)
+        if tokenizer is not None:
+            loaded = replace(loaded, tokenizer=tokenizer)
+        return cls(
+            loaded,
+            exit_layer=exit_layer,
+            num_speculations=num_speculations,
+            backend=backend,
+            max_batch_size=max_batch_size,
+            max_length=max_length,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor,
+        *,
+        max_new_tokens: int = 256,
+        generation_strategy: str = "self_speculative",
+        exit_layer: int | None = None,
+        num_speculations: int | None = None,
+        sample: bool = False,
+        temperature: float = 0.6,
+        top_k: int = 0,
+        top_p: float = 0.9,
+        seed: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        streamer: Any = None,
+        deterministic_prefill: bool = False,
+    ) -> GenerationResult:
+        """Continue each prompt. What comes out does not depend on the strategy's speculation, nor on the batch.
+
+        Args:
+            prompts: text, token ids, or several of either; a tensor [P] or [B, P] int64.
+            max_new_tokens: per prompt, at least 1.
+            generation_strategy: "self_speculative"; "autoregressive", the whole model token by token; "early_exit",
+                the first `exit_layer` layers alone.
+            exit_layer, num_speculations: override the decoder's own.
+            sample: draw tokens instead of taking the most probable one. The noise is a function of seed, request and
+                position, so speculation does not change the text either.
+            temperature, top_k, top_p: of sampling; top_k=0 and top_p=1 are off.
+            seed: an int gives prompt i the stream (seed, i), a list gives each prompt its own. None: a fresh one.
+            stop_strings: end a sequence with the token that completes one of them; needs a tokenizer.
+            eos_token_id: token id or ids that end a sequence. None: the checkpoint's. Empty list: none.
+            streamer: a transformers streamer, one prompt only: `put(ids)` with the prompt, then with what each round
+                emits, then `end()`. If it has `put_draft(ids)`, that is called with each round's drafts first.
+            deterministic_prefill: prompts of 32 tokens and more give the same bits for every thread count, too (slow).
+
+        Returns:
+            `GenerationResult`. Ctrl-C ends the call with what was generated so far.
+
+        Raises:
+            ValueError, TypeError: unusable argument, before any work starts. The decoder stays usable after any error.
+        """
+        if generation_strategy not in STRATEGIES:
+            raise ValueError(f"generation_strategy={generation_strategy!r}: choose {', '.join(STRATEGIES)}")
+        exit_layer = _exit_layer(exit_layer, self.config, self.exit_layer)
+        if exit_layer is None and generation_strategy != "autoregressive":
+            raise ValueError(f"generation_strategy={generation_strategy!r}: a model of 1 layer has no early exit")
+        drafts = _speculations(num_speculations, self.num_speculations)
+        _whole("max_new_tokens", max_new_tokens, 1)
+        ids = encode(prompts, self.tokenizer, self.config.vocab_size)
+        if streamer is not None and len(ids) != 1:
+            raise ValueError(f"streamer: works for one prompt, got {len(ids)}")
+        sampling = _sampling(len(ids), sample, temperature, top_k, top_p, seed)
+        requests = [Request(p, max_new_tokens, s) for p, s in zip(ids, sampling)]
+        stop = StopStrings(stop_strings, self.tokenizer)
+        eos_ids = _eos_ids(eos_token_id, self.config)
+        drafts = drafts if generation_strategy == "self_speculative" else 0
+        with self._lock:
+            if self._busy:
+                raise RuntimeError("generate was called from its own streamer; use a second decoder there")
+            self._busy = True
+            try:
+                generation = Generation(
+                    self.model,
+                    self._reserve(requests, drafts),
+                    requests,
+                    strategy=generation_strategy,
+                    exit_layer=exit_layer,
+                    drafts=drafts,
+                    eos_ids=eos_ids,
+                    stop=stop,
+                    streamer=streamer,
+                    deterministic_prefill=deterministic_prefill,
+                )
+                generation.run()
+            finally:
+                self._busy = False
+        sequences = [r.tokens for r in requests]
+        text = None
+        if self.tokenizer is not None:
+            text = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in sequences]
+        return GenerationResult(sequences, text, [r.finish_reason for r in requests], generation.stats)
+
+    def _reserve(self, requests: list[Request], drafts: int) -> KVCache:
+        """A cache that holds these requests: each P + max_new_tokens, and two rounds' windows beyond."""
+        for i, request in enumerate(requests):
+            length = len(request.prompt) + request.max_new_tokens
+            if self.max_length is not None and length > self.max_length:
+                raise ValueError(
+                    f"prompts[{i}]: {len(request.prompt)} tokens plus max_new_tokens={request.max_new_tokens} is {length}, "
+                    f"the decoder was made for max_length={self.max_length}"
+                )
+        longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
+        if longest > self.config.max_position_embeddings:
+            log.warning(
+                "%d positions asked for, the model was made for %d: expect poor text",
+                longest,
+                self.config.max_position_embeddings,
+            )
+        capacity = longest + 2 * (drafts + 1)
+        slots = min(self.max_batch_size, len(requests))
+        have = self._cache
+        if have is None or have.slots < slots or have.capacity < capacity:
+            self._cache = None  # free the old one first
+            capacity = max(-(-capacity // CAPACITY_STEP) * CAPACITY_STEP, have.capacity if have else 0)
+            slots = max(slots, have.slots if have else 0)
+            self._cache = KVCache(self.config, slots, capacity, self.dtype, self.device)
+            self.model.rope.reserve(capacity)
+        return self._cache
+
+
+def _exit_layer(value: int | None, config, default: int | None) -> int | None:
+    layers = config.num_layers
+    if value is None:
+        return default if layers > 1 else None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"exit_layer={value!r}: must be a whole number, 1..{layers - 1}")
+    if not 1 <= value < layers:
+        raise ValueError(f"exit_layer={value}: the model has {layers} layers, choose 1..{layers - 1}")
+    return value
+
+
+def _speculations(value: int | None, default: int) -> int:
+    value = _whole("num_speculations", default if value is None else value, 0)
+    if value > 63:
+        raise ValueError(f"num_speculations={value}: choose 0..63")
+    return value
+
+
+def _whole(name: str, value: int, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: must be a whole number")
+    if value < low:
+        raise ValueError(f"{name}={value}: must be at least {low}")
+    return value
+
+
+def _eos_ids(value, config) -> tuple[int, ...]:
+    if value is None:
+        return config.eos_token_ids
+    ids = (value,) if isinstance(value, int) else tuple(value)
+    for token in ids:
+        if not isinstance(token, int) or not 0 <= token < config.vocab_size:
+            raise ValueError(f"eos_token_id={token!r}: choose token ids in 0..{config.vocab_size - 1}")
+    return ids
+
+
+def _sampling(count: int, sample, temperature, top_k, top_p, seed) -> list[SamplingOptions | None]:
+    if not sample:
+        return [None] * count
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature}: must be 0 or more")
+    _whole("top_k", top_k, 0)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
+    if seed is None:
+        seed = int(torch.empty((), dtype=torch.int64).random_())
+    if isinstance(seed, int):
+        keys = [(seed, i) for i in range(count)]
+    elif len(seed) == count:
+        keys = [(int(s), 0) for s in seed]
+    else:
+        raise ValueError(f"seed: {len(seed)} values for {count} prompts, give one number or one for each")
+    for value, _ in keys:
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"seed={value}: must fit in 64 bits")
+    return [SamplingOptions(float(temperature), top_k, float(top_p), *key) for key in keys]

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from layerskip_kernels.decode.batch import Batch, Request
+from layerskip_kernels.decode.buffers import Buffers, Round
+from layerskip_kernels.decode.cache import KVCache
+from layerskip_kernels.decode.model import Model
+from layerskip_kernels.decode.prefill import prefill
+from layerskip_kernels.decode.result import GenerationStats
+from layerskip_kernels.decode.round import plain_round, self_speculative_round
+
+STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
+
+
+class Generation:
+    """One call of `generate`: more requests than cache slots if need be, each slot refilled as its sequence ends."""
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        requests: list[Request],
+        *,
+        strategy: str,
+        exit_layer: int | None,
+        drafts: int,
+        eos_ids: tuple[int, ...],
+        stop: Callable[[Request, int], int | None],
+        streamer: Any,
+        deterministic_prefill: bool,
+    ):
+        self.model, self.cache, self.requests = model, cache, requests
+        self.speculative = strategy == "self_speculative"
+        self.exit_layer, self.drafts = exit_layer, drafts if self.speculative else 0
+        self.last_layer = exit_layer if strategy == "early_exit" else model.config.num_layers
+        self.eos_ids, self.stop, self.streamer = eos_ids, stop, streamer
+        self.deterministic_prefill = deterministic_prefill
+        self.stats = GenerationStats(drafted_at=[0] * self.drafts, accepted_at=[0] * self.drafts)
+        rows = min(cache.slots, len(requests))
+        self.free_slots = list(reversed(range(rows)))
+        self.batch = Batch(rows, model.device)
+        self.buffers = Buffers(model, self.batch, rows, self.drafts, sampled=requests[0].sampling is not None)
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Until every request has a finish reason; after Ctrl-C the open ones have "interrupted"."""
+        waiting = deque(self.requests)
+        eos_ids = torch.tensor(self.eos_ids, dtype=torch.int64, device=self.model.device)
+        try:
+            while waiting or len(self.batch):
+                while waiting and self.free_slots:
+                    self._start(waiting.popleft())
+                if len(self.batch):
+                    self._round(eos_ids)
+        except KeyboardInterrupt:
+            for request in self.requests:
+                request.finish_reason = request.finish_reason or "interrupted"
+
+    def _start(self, request: Request) -> None:
+        started = time.perf_counter()
+        request.slot = self.free_slots.pop()
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor(request.prompt))
+        token, logprob = prefill(self.model, self.cache, request, self.last_layer, self.deterministic_prefill)
+        self.stats.prefill_seconds += time.perf_counter() - started
+        self.stats.tokens += 1
+        self._emit(request, [token], [logprob])
+        if request.finish_reason:
+            self.free_slots.append(request.slot)
+        else:
+            self.batch.add(request)
+
+    def _round(self, eos_ids: torch.Tensor) -> None:
+        started = time.perf_counter()
+        longest = max(request.max_new_tokens - len(request.tokens) for request in self.batch.requests)
+        r = self.buffers.round(min(self.drafts, longest - 1))
+        if self.speculative:
+            self_speculative_round(self.model, self.cache, r, self.exit_layer, eos_ids)
+        else:
+            plain_round(self.model, self.cache, r, self.last_layer, eos_ids)
+        self._collect(r)
+        self.stats.decode_seconds += time.perf_counter() - started
+
+    def _collect(self, r: Round) -> None:
+        """Hand the round's tokens to their requests; free the slots of those that ended."""
+        tokens, drafts = r.verified.tokens.tolist(), r.tokens[:, 1:].tolist()
+        counts = zip(r.num_draft.tolist(), r.verified.num_emitted.tolist(), r.verified.num_accepted.tolist())
+        logprobs = r.target_logprob.tolist()
+        for row, (request, (num_draft, num_emitted, num_accepted)) in enumerate(zip(self.batch.requests, counts)):
+            self.stats.count_round(num_draft, num_emitted, num_accepted)
+            if num_draft and hasattr(self.streamer, "put_draft"):
+                self.streamer.put_draft(torch.tensor(drafts[row][:num_draft]))
+            self._emit(request, tokens[row][:num_emitted], logprobs[row][:num_emitted])
+        for request in self.batch.drop_finished():
+            self.free_slots.append(request.slot)
+
+    def _emit(self, request: Request, tokens: list[int], logprobs: list[float]) -> None:
+        if any(logprob != logprob for logprob in logprobs):
+            raise FloatingPointError(
+                f"the logits at position {len(request.prompt) + len(request.tokens)} are not numbers (NaN): the "
+                f"checkpoint's weights are damaged or overflow in {str(self.model.dtype).removeprefix('torch.')}"
+            )
+        request.tokens += tokens
+        if tokens[-1] in self.eos_ids:
+            request.finish_reason = "eos"
+        elif len(request.tokens) >= request.max_new_tokens:
+            request.finish_reason = "length"
+        if (kept := self.stop(request, len(tokens))) is not None:
+            cut = len(request.tokens) - kept
+            self.stats.tokens -= cut
+            self.stats.decode_tokens -= min(cut, self.stats.decode_tokens)
+            del request.tokens[kept:]
+            tokens = tokens[: len(tokens) - cut]
+            request.finish_reason = "stop_string"
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor(tokens))
+            if request.finish_reason:
+                self.streamer.end()

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from layerskip_kernels.decode.cache import KVCache
+from layerskip_kernels.models.config import ModelConfig
+from layerskip_kernels.models.rope import Rope
+from layerskip_kernels.models.weights import ModelWeights
+from layerskip_kernels.ops import DecoderLayers, ExitHead, Sampling
+from layerskip_kernels.ops.decoder_stack import compose
+
+
+class Model:
+    """Weights, config and ops bound to one backend: embedding, a range of layers, head."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, ops: SimpleNamespace):
+        self.config, self.weights, self.ops = config, weights, ops
+        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self.rope = Rope(config.rope, self.device)
+        self._prefill_ops = SimpleNamespace(**{**vars(ops), "small_linear": torch_linear(ops)})
+        self._ranges: dict[tuple[int, int], DecoderLayers] = {}
+
+    def embed(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
+        """tokens [N] int64 -> out [N, C]."""
+        torch.index_select(self.weights.embedding, 0, tokens, out=out)
+
+    def run_layers(
+        self, first: int, last: int, hidden: torch.Tensor, cache: KVCache, *, prefill=False, **where
+    ) -> None:
+        """Layers [first, last) on hidden [B, T, C], in place. `where`: see `ops.decoder_stack`.
+
+        `prefill`: the products go through torch, which is made for many rows.
+        """
+        arguments = (hidden, self._layers(first, last), cache.k[first:last], cache.v[first:last])
+        constants = dict(
+            eps=self.config.rms_norm_eps, scale=self.config.scale, attention_factor=self.rope.attention_factor
+        )
+        if prefill:
+            compose(self._prefill_ops, *arguments, **constants, **where)
+        else:
+            self.ops.decoder_stack(*arguments, **constants, **where)
+
+    def head(self, hidden: torch.Tensor, sampling: Sampling | None, out: ExitHead, logits_out=None) -> None:
+        """Final norm and LM head on hidden [N, C]."""
+        weights = self.weights
+        self.ops.exit_head(
+            hidden,
+            weights.final_norm,
+            weights.lm_head,
+            eps=self.config.rms_norm_eps,
+            sampling=sampling,
+            logits_out=logits_out,
+            out=out,
+        )
+
+    def _layers(self, first: int, last: int) -> DecoderLayers:
+        """One object per range, so that what a backend prepares from it is prepared once."""
+        if (first, last) not in self._ranges:
+            self._ranges[first, last] = DecoderLayers(self.weights.layers[first:last])
+        return self._ranges[first, last]
+
+
+def torch_linear(ops: SimpleNamespace):
+    """`small_linear` for many rows: torch's product, the same rounding points."""
+
+    def linear(x, weights, *, bias=None, norm=None, residual=None, out=None):
+        if norm is not None:
+            x = ops.rms_norm(x, *norm)
+        if isinstance(weights, torch.Tensor):
+            y = torch.nn.functional.linear(x, weights, bias)
+            return y if residual is None else residual + y
+        return [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, bias or [None] * len(weights))]
+
+    return linear

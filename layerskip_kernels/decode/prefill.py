@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import torch
+
+from layerskip_kernels.decode.batch import Request
+from layerskip_kernels.decode.cache import KVCache
+from layerskip_kernels.decode.model import Model
+from layerskip_kernels.ops import ExitHead, Sampling
+
+SHORT_PROMPT = 32  # below it the products are `small_linear`'s, whose bits do not depend on the thread count
+CHUNK = 512  # fixed, so that a prompt is always cut in the same places
+
+
+def prefill(model: Model, cache: KVCache, request: Request, last_layer: int, deterministic: bool) -> tuple[int, float]:
+    """Layers [0, last_layer) over one prompt into its slot; the head on its last position only.
+
+    Returns the first new token and its log-probability.
+    """
+    device = cache.k.device
+    prompt = torch.tensor(request.prompt, dtype=torch.int64, device=device)
+    slot_ids = torch.tensor([request.slot], dtype=torch.int32, device=device)
+    many = len(prompt) >= SHORT_PROMPT and not deterministic
+    for start in range(0, len(prompt), CHUNK):
+        ids = prompt[start : start + CHUNK]
+        hidden = model.weights.embedding[ids][None]
+        positions = torch.arange(start, start + len(ids), dtype=torch.int32, device=device)[None]
+        model.run_layers(
+            0,
+            last_layer,
+            hidden,
+            cache,
+            prefill=many,
+            lengths=positions[:, 0].clone(),
+            positions=positions,
+            inv_freq=model.rope.prefill(len(prompt)),
+            slot_ids=slot_ids,
+        )
+    head = ExitHead(
+        torch.empty(1, dtype=torch.int64, device=device),
+        torch.empty(1, dtype=torch.float32, device=device),
+        torch.empty(1, dtype=torch.float32, device=device),
+    )
+    model.head(hidden[:, -1], sampling_for(request, device), head)
+    return head.token.item(), head.logprob.item()
+
+
+def sampling_for(request: Request, device: torch.device) -> Sampling | None:
+    """Sampling of the request's first token, at position P."""
+    if request.sampling is None:
+        return None
+    options = request.sampling
+
+    def row(value, dtype):
+        return torch.tensor([value], dtype=dtype, device=device)
+
+    return Sampling(
+        temperature=row(options.temperature, torch.float32),
+        seed=row(options.seed, torch.int64),
+        position=row(len(request.prompt), torch.int64),
+        stream=row(options.stream, torch.int64),
+        top_k=row(options.top_k, torch.int64),
+        top_p=row(options.top_p, torch.float32),
+    )

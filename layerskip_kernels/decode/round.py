@@ -1,0 +1,93 @@
+"""One round of LayerSkip self-speculative decoding (arXiv 2404.16710, section 4), over static buffers.
+
+Every sequence enters with `lengths` positions in the cache and one `pending` token that no layer has seen. It leaves with
+up to K + 1 more tokens, the cache holding exactly the tokens before the new pending one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from layerskip_kernels.decode.buffers import Round
+from layerskip_kernels.decode.cache import KVCache
+from layerskip_kernels.decode.model import Model
+
+
+def self_speculative_round(model: Model, cache: KVCache, r: Round, exit_layer: int, eos_ids: torch.Tensor) -> None:
+    """Draft with layers [0, exit_layer), verify with the rest, accept, roll back."""
+    begin(model, r)
+    draft(model, cache, r, exit_layer)
+    verify(model, cache, r, exit_layer)
+    accept(model, r, eos_ids)
+    roll_back(model, cache, r)
+
+
+def plain_round(model: Model, cache: KVCache, r: Round, last_layer: int, eos_ids: torch.Tensor) -> None:
+    """One token by layers [0, last_layer): autoregressive decoding, or early exit. A round without drafts."""
+    begin(model, r)
+    step(model, cache, r, 0, last_layer)
+    choose(model, r)
+    accept(model, r, eos_ids)
+    roll_back(model, cache, r)
+
+
+def begin(model: Model, r: Round) -> None:
+    """The pending token opens the window; positions, and how many drafts each sequence has room for."""
+    r.tokens[:, 0] = r.pending
+    torch.add(r.lengths[:, None], r.offsets, out=r.positions)
+    torch.sub(r.remaining, 1, out=r.num_draft).clamp_(0, r.drafts)
+    if model.rope.position_dependent:
+        model.rope.rows(r.positions, out=r.inv_freq, index=r.rope_index)
+    if r.sampled:
+        torch.add(r.positions, 1, out=r.next_positions)
+        for per_request, repeated in r.repeated:
+            repeated.copy_(per_request)
+
+
+def draft(model: Model, cache: KVCache, r: Round, exit_layer: int) -> None:
+    """K tokens by the early layers, whose hidden states are kept; then their pass over the last draft."""
+    for t in range(r.drafts):
+        step(model, cache, r, t, exit_layer)
+        if r.sampled:
+            r.draft_sampling.position.copy_(r.next_positions[:, t])
+        model.head(r.exit_hidden[:, t], r.draft_sampling, r.draft_head)
+        r.tokens[:, t + 1] = r.draft_head.token
+    step(model, cache, r, r.drafts, exit_layer)
+
+
+def step(model: Model, cache: KVCache, r: Round, t: int, last_layer: int) -> None:
+    """Layers [0, last_layer) on window position t."""
+    torch.add(r.lengths, t, out=r.step_lengths)
+    model.embed(r.tokens[:, t], out=r.exit_hidden[:, t])
+    model.run_layers(0, last_layer, r.exit_hidden[:, t : t + 1], cache, **r.at[t])
+
+
+def verify(model: Model, cache: KVCache, r: Round, exit_layer: int) -> None:
+    """The remaining layers on the whole window at once: the model's own token after each of its positions."""
+    model.run_layers(exit_layer, model.config.num_layers, r.exit_hidden, cache, **r.whole)
+    choose(model, r)
+
+
+def choose(model: Model, r: Round) -> None:
+    model.head(r.exit_rows, r.verify_sampling, r.verify_head)
+
+
+def accept(model: Model, r: Round, eos_ids: torch.Tensor) -> None:
+    """Emit the drafts that equal the model's tokens, and one token more; the last one becomes pending."""
+    model.ops.verify_tokens(
+        r.tokens[:, 1:],
+        r.target,
+        r.num_draft,
+        eos_ids=eos_ids,
+        remaining=r.remaining,
+        finished=r.finished,
+        out=r.verified,
+    )
+    r.remaining.sub_(r.verified.num_emitted)
+    torch.sub(r.verified.num_emitted, 1, out=r.last)
+    torch.gather(r.verified.tokens, 1, r.last[:, None], out=r.pending[:, None])
+
+
+def roll_back(model: Model, cache: KVCache, r: Round) -> None:
+    """Keep the window positions before the new pending token, in every layer."""
+    model.ops.kv_rollback(cache.k, cache.v, r.lengths, r.verified.num_emitted, slot_ids=r.slot_ids, window=r.window)

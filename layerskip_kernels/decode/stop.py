@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from layerskip_kernels.decode.batch import Request
+
+
+class StopStrings:
+    """Finds the token that completes a stop string, wherever in a token, or across tokens, the string lies."""
+
+    def __init__(self, strings: str | Sequence[str] | None, tokenizer: Any):
+        self.strings = [strings] if isinstance(strings, str) else list(strings or ())
+        if any(not isinstance(s, str) or not s for s in self.strings):
+            raise ValueError(f"stop_strings={strings!r}: expected non-empty strings")
+        if self.strings and tokenizer is None:
+            raise ValueError("stop_strings: needs a tokenizer and the checkpoint has none")
+        self.tokenizer = tokenizer
+        # A character takes at most four byte tokens, so no stop string begins further back than this.
+        self.reach = 4 * max(map(len, self.strings), default=0) + 4
+
+    def __call__(self, request: Request, new: int) -> int | None:
+        """How many tokens of the request to keep, of which the last `new` are new; None when no stop string is there."""
+        if not self.strings:
+            return None
+        tokens = request.tokens
+        for end in range(len(tokens) - new + 1, len(tokens) + 1):
+            text = self.tokenizer.decode(tokens[max(0, end - self.reach) : end])
+            if any(s in text for s in self.strings):
+                return end
+        return None
