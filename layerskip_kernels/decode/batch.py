@@ -31,7 +31,8 @@ class Request:
 class Batch:
     """Device state of the running sequences: row i of every tensor is sequence i, in cache slot `slot_ids[i]`.
 
-    Rows of finished sequences are removed, so that an idle slot costs nothing; a row's results do not depend on its index.
+    Rows of finished sequences are removed, so that an idle slot costs nothing; a row's results do not depend on its
+    index.
     """
 
     def __init__(self, rows: int, device: torch.device):

@@ -218,8 +218,8 @@ class SelfSpeculativeDecoder:
             length = len(request.prompt) + request.max_new_tokens
             if self.max_length is not None and length > self.max_length:
                 raise ValueError(
-                    f"prompts[{i}]: {len(request.prompt)} tokens plus max_new_tokens={request.max_new_tokens} is {length}, "
-                    f"the decoder was made for max_length={self.max_length}"
+                    f"prompts[{i}]: {len(request.prompt)} tokens plus max_new_tokens={request.max_new_tokens} is "
+                    f"{length}, the decoder was made for max_length={self.max_length}"
                 )
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
         if longest > self.config.max_position_embeddings:

@@ -9,10 +9,8 @@ def encode(prompts: Any, tokenizer: Any, vocab_size: int) -> list[list[int]]:
     """Token ids of each prompt. Raises TypeError or ValueError, naming the prompt, when there are none to be had."""
     if isinstance(prompts, torch.Tensor):
         if prompts.dim() not in (1, 2) or prompts.dtype not in (torch.int64, torch.int32):
-            raise TypeError(
-                f"prompts: a tensor of shape {list(prompts.shape)} and dtype {str(prompts.dtype).removeprefix('torch.')}, "
-                "expected [P] or [B, P] of int64"
-            )
+            dtype = str(prompts.dtype).removeprefix("torch.")
+            raise TypeError(f"prompts: a {dtype} tensor of shape {list(prompts.shape)}, expected int64 [P] or [B, P]")
         prompts = prompts.tolist()
     if isinstance(prompts, str) or (isinstance(prompts, (list, tuple)) and prompts and isinstance(prompts[0], int)):
         prompts = [prompts]

@@ -1,7 +1,7 @@
 """One round of LayerSkip self-speculative decoding (arXiv 2404.16710, section 4), over static buffers.
 
-Every sequence enters with `lengths` positions in the cache and one `pending` token that no layer has seen. It leaves with
-up to K + 1 more tokens, the cache holding exactly the tokens before the new pending one.
+Every sequence enters with `lengths` positions in the cache and one `pending` token that no layer has seen. It leaves
+with up to K + 1 more tokens, the cache holding exactly the tokens before the new pending one.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class StopStrings:
         self.reach = 4 * max(map(len, self.strings), default=0) + 4
 
     def __call__(self, request: Request, new: int) -> int | None:
-        """How many tokens of the request to keep, of which the last `new` are new; None when no stop string is there."""
+        """How many tokens to keep, of which the last `new` are new; None when there is no stop string."""
         if not self.strings:
             return None
         tokens = request.tokens

@@ -1,4 +1,4 @@
-"""The ops: what each one computes, checked arguments, one call. `ops/<op>.py` documents, `reference/<op>.py` specifies."""
+"""The ops: arguments checked, one call. `ops/<op>.py` documents, `reference/<op>.py` specifies."""
 
 from layerskip_kernels.ops.decoder_stack import DecoderLayers, LayerWeights, decoder_stack
 from layerskip_kernels.ops.exit_head import ExitHead, Sampling, exit_head

@@ -19,7 +19,7 @@ def tensor(
     dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
     like: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`value` as a tensor of `shape` (None: any size), of `dtype`, on the device of `like`, last dimension contiguous."""
+    """`value` as a tensor of `shape` (None: any size) and `dtype`, on the device of `like`, last dim contiguous."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if shape is not None and (

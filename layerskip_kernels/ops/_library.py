@@ -21,7 +21,7 @@ def register(schema: str, kernel: Callable, fake: Callable) -> None:
 
 
 def into(out, result):
-    """Under torch.compile the traced op is functional; honour `out` (a tensor or a sequence like the result) after it."""
+    """Under torch.compile the traced op is functional: copy its result to `out` (a tensor, or a sequence of them)."""
     if out is None:
         return result
     if isinstance(result, torch.Tensor):

@@ -20,9 +20,9 @@ def kv_rollback(
 ) -> None:
     """Keep `keep` positions of each sequence's window in every layer, drop the rest: ``lengths += keep``, in place.
 
-    The only writer of `lengths`. For a chain of drafts the dropped positions simply lie behind the new length. For a tree,
-    `path` names the window rows of the accepted branch: row ``path[b, i]`` moves to row i, in all layers, all reads before
-    any write.
+    The only writer of `lengths`. For a chain of drafts the dropped positions simply lie behind the new length. For a
+    tree, `path` names the window rows of the accepted branch: row ``path[b, i]`` moves to row i, in all layers, all
+    reads before any write.
 
     Args:
         k_cache, v_cache: [L, slots, G, S, D] float32, float16 or bfloat16, the whole model's cache.

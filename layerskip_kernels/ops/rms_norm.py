@@ -24,7 +24,7 @@ def rms_norm(
         out: [M, C] to write the result to.
 
     Returns:
-        [M, C] in the dtype of x; float32 arithmetic, rounded once after norm × weight.
+        [M, C] in the dtype of x; float32 arithmetic, rounded once after the product with the weight.
 
     Raises:
         TypeError, ValueError: an argument of wrong dtype, shape, device or range.

@@ -23,8 +23,8 @@ def rope_append(
 ) -> None:
     """Rotate q in place and append the window's rotated k, and v, to the cache (RoPE: Su et al., arXiv 2104.09864).
 
-    Row t of sequence b is rotated by the angles ``positions[b, t] · inv_freq``, pairing element i with i + D/2, and its k
-    and v go to storage index ``lengths[b] + t`` of the sequence's slot. `lengths` is read, never changed: only
+    Row t of sequence b is rotated by the angles ``positions[b, t] · inv_freq``, pairing element i with i + D/2, and its
+    k and v go to storage index ``lengths[b] + t`` of the sequence's slot. `lengths` is read, never changed: only
     `kv_rollback` does that.
 
     Args:
@@ -34,7 +34,7 @@ def rope_append(
         lengths: [B] int32, valid positions before the window.
         positions: [B, T] int32, what to rotate by (differs from lengths + t in a token tree).
         inv_freq: [D/2] float32, or [B, T, D/2] where the frequencies depend on the position (dynamic NTK, longrope).
-        attention_factor: cos and sin are multiplied by it (YaRN, longrope).
+        attention_factor: cos and sin are multiplied by it, > 0 (YaRN, longrope).
         slot_ids: [B] int32, the cache slot of each row; None: row i in slot i. Each slot at most once.
         num_queries: [B] int32, rows of the window that are real; the others are neither rotated nor written.
             None: all T.
@@ -59,6 +59,7 @@ def rope_append(
     _check.tensor(
         "inv_freq", inv_freq, (batch, window, dim // 2) if per_row else (dim // 2,), dtype=torch.float32, like=q
     )
+    _check.positive("attention_factor", attention_factor)
     _check.slots(slot_ids, batch, k_cache.shape[0], q)
     _check.optional("num_queries", num_queries, (batch,), dtype=torch.int32, like=q)
     _check.no_paging(block_table)

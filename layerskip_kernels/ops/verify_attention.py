@@ -30,7 +30,7 @@ def verify_attention(
         q: [B, T, H, D] float32, float16 or bfloat16, rotated.
         k_cache, v_cache: [slots, G, S, D], dtype of q. H is a multiple of G.
         lengths: [B] int32, valid positions before the window.
-        scale: factor on q·k, usually ``D ** -0.5``.
+        scale: factor on q·k, > 0, usually ``D ** -0.5``.
         slot_ids: [B] int32; None: row i in slot i.
         num_queries: [B] int32, real rows of the window (0: an idle sequence, its KV is not read). None: all T. The
             other rows of the result are zero.
@@ -59,6 +59,7 @@ def verify_attention(
     _check.slots(slot_ids, batch, k_cache.shape[0], q)
     _check.optional("num_queries", num_queries, (batch,), dtype=torch.int32, like=q)
     _check.optional("tree_mask", tree_mask, (window, window), dtype=torch.bool, like=q)
+    _check.positive("scale", scale)
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window={sliding_window}: must be at least 1, or None")
     _check.no_paging(block_table)

@@ -29,10 +29,11 @@ def verify_rejection(
     - ``"standard"`` (Leviathan et al., arXiv 2211.17192, algorithm 1): draft i is accepted when
       ``uniforms[i, 0] · q_i(x_i) < p_i(x_i)``, until the first rejection at a; the next token comes from
       ``max(p_a - q_a, 0)`` normalised, or from p_n after n acceptances.
-    - ``"block"`` (Sun et al., arXiv 2403.10444, algorithm 2): with ``r_0 = 1, r_i = min(r_{i-1} · p_i(x_i)/q_i(x_i), 1)``
-      the accepted length is the largest i with ``uniforms[i-1, 0] < h_i``, ``h_n = r_n``,
-      ``h_i = s_i / (s_i + 1 - r_i)``, ``s_i = Σ_x max(r_i p_{i+1}(x) - q_{i+1}(x), 0)``; the next token comes from
-      ``max(r_a p_{a+1} - q_{a+1}, 0)`` normalised. Never accepts fewer tokens on average than "standard".
+    - ``"block"`` (Sun et al., arXiv 2403.10444, algorithm 2): with ``r_0 = 1`` and
+      ``r_i = min(r_{i-1} · p_i(x_i) / q_i(x_i), 1)`` the accepted length is the largest i with
+      ``uniforms[i-1, 0] < h_i``, where ``h_n = r_n``, ``h_i = s_i / (s_i + 1 - r_i)`` and
+      ``s_i = Σ_x max(r_i p_{i+1}(x) - q_{i+1}(x), 0)``; the next token comes from ``max(r_a p_{a+1} - q_{a+1}, 0)``
+      normalised. Never accepts fewer tokens on average than "standard".
 
     The next token is the first index whose cumulative weight exceeds ``uniforms[a, 1] ·`` the total (float64 sums). A
     residual that is empty (rounding) falls back to p. Then the cuts of `verify_tokens`.

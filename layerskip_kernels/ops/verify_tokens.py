@@ -29,9 +29,9 @@ def verify_tokens(
 ) -> Verified:
     """Accept the longest prefix of the draft that equals the target's own tokens, plus one target token.
 
-    With ``a = max{n <= num_draft : draft[:n] == target[:n]}`` the tokens are ``target[: a + 1]``, cut after the first EOS
-    and at `remaining` tokens (Leviathan et al., arXiv 2211.17192, for deterministic or coupled draws: the target's tokens
-    are emitted, whatever the draft was). A finished sequence emits nothing.
+    With ``a = max{n <= num_draft : draft[:n] == target[:n]}`` the tokens are ``target[: a + 1]``, cut after the first
+    EOS and at `remaining` tokens (Leviathan et al., arXiv 2211.17192, for deterministic or coupled draws: the target's
+    tokens are emitted, whatever the draft was). A finished sequence emits nothing.
 
     Args:
         draft: [B, K] int64, K >= 0.

@@ -46,7 +46,7 @@ def lowest_argmax(scores):
 
 
 def perturb(scores, sampling):
-    """Scores whose arg-max is a draw from softmax(filtered(scores / temperature)); rows of temperature 0 as they are."""
+    """Scores whose arg-max draws from softmax(filtered(scores / temperature)); rows of temperature 0 as they are."""
     temperature = sampling.temperature[:, None]
     greedy = temperature == 0
     filtered = filter_scores(scores / torch.where(greedy, 1, temperature), sampling)
@@ -58,8 +58,8 @@ def perturb(scores, sampling):
 def filter_scores(scores, sampling):
     """Top-k, then top-p, then min-p, as transformers' warpers define them; what they drop becomes minus infinity.
 
-    Top-k keeps ties of the k-th score. Top-p keeps the smallest set of largest probabilities whose sum reaches p, and of
-    equal scores at its edge all of them, so that the set is a threshold and needs no sort.
+    Top-k keeps ties of the k-th score. Top-p keeps the smallest set of largest probabilities whose sum reaches p, and
+    of equal scores at its edge all of them, so that the set is a threshold and needs no sort.
     """
     minus_infinity = float("-inf")
     if sampling.top_k is not None:

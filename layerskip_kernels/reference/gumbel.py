@@ -8,9 +8,9 @@ from layerskip_kernels.reference.philox import philox, words
 def gumbel_noise(seed, stream, position, vocab):
     """Standard Gumbel noise [N, V] float32 for the rows' (seed, stream, position), all int64 [N].
 
-    Philox key: the seed's two words. Counter: (token // 4, position's low word, stream's low word, position's high word
-    xor (stream's high word rotated left by 16)). Output word token % 4, w, gives ``v = (w + 0.5) · 2⁻³²`` in float32, at most
-    1 - 2⁻²⁴, and ``-log(-log1p(-v))``: fine-grained in the upper tail, the one that wins.
+    Philox key: the seed's two words. Counter: (token // 4, position's low word, stream's low word, position's high
+    word xor (stream's high word rotated left by 16)). Output word token % 4, w, gives ``v = (w + 0.5) · 2⁻³²`` in
+    float32, at most 1 - 2⁻²⁴, and ``-log(-log1p(-v))``: fine-grained in the upper tail, the one that wins.
     """
     token = torch.arange((vocab + 3) // 4, device=seed.device)
     seed_words = words(seed[:, None])

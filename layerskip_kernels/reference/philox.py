@@ -8,7 +8,7 @@ _LOW = 0xFFFFFFFF
 
 
 def philox(counter, key):
-    """Ten rounds. counter: 4 and key: 2 broadcastable int64 tensors of 32-bit words. Returns 4 int64 tensors of words."""
+    """Ten rounds. counter: 4, key: 2, result: 4 broadcastable int64 tensors of 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

@@ -25,12 +25,12 @@ def verify_attention(
         past = int(lengths[b])
         if rows == 0:
             continue
-        # Rows behind the window hold anything, NaN included, so they are cut off, not multiplied by zero.
         keys = k_cache[slot, :, : past + rows].float().repeat_interleave(group_size, dim=0)  # [H, past + rows, D]
         values = v_cache[slot, :, : past + rows].float().repeat_interleave(group_size, dim=0)
-        scores = q[b, :rows].float().transpose(0, 1) @ keys.transpose(1, 2) * scale  # [H, rows, past + rows]
-        scores = scores.masked_fill(~visible(past, rows, tree_mask, sliding_window, q.device), float("-inf"))
-        out[b, :rows] = (scores.softmax(dim=-1) @ values).transpose(0, 1).to(q.dtype)
+        # What a row does not see may hold anything, NaN included, so it is left out, not multiplied by zero.
+        for t, seen in enumerate(visible(past, rows, tree_mask, sliding_window, q.device)):
+            scores = q[b, t].float()[:, None] @ keys[:, seen].transpose(1, 2) * scale  # [H, 1, seen]
+            out[b, t] = (scores.softmax(dim=-1) @ values[:, seen])[:, 0].to(q.dtype)
     return out
 
 
