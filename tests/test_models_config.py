@@ -164,19 +164,18 @@ def test_generation_config_comes_first():
             "layer_types entry 'chunked_attention' is not supported",
         ),
         ("smollm3", {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 36}, "no_rope_layers has 2 entries"),
-        (
-            "qwen3",
-            {
-                "rope_parameters": {
-                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-                },
-                "use_sliding_window": True,
-            },
-            "must be one set of parameters for all layers",
-        ),
     ],
 )
 def test_refused_by_name(model_type, values, message):
     with pytest.raises(ValueError, match=message):
         from_values(model_type, **values)
+
+
+def test_rope_parameters_per_layer_type_are_refused():
+    hf_config = tiny_models.tiny_config("qwen3")
+    hf_config.rope_parameters = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    with pytest.raises(ValueError, match="rope_parameters=.* must be one set of parameters for all layers"):
+        ModelConfig.from_hf(hf_config)

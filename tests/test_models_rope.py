@@ -165,7 +165,7 @@ def test_original_length_outside_the_rope_parameters():
         rope_scaling=scaling,
     )
     rope, expected = rope_of(config), rope_of(hf_config("longrope"))
-    assert rope.attention_factor == expected.attention_factor
+    assert rope.attention_factor == expected.attention_factor == LlamaRotaryEmbedding(config).attention_scaling
     assert torch.equal(rope.prefill(MAX + 1), expected.prefill(MAX + 1))
     assert torch.equal(rope.prefill(MAX), expected.prefill(MAX))
 

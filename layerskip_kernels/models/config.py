@@ -107,7 +107,7 @@ class ModelConfig:
             max_position_embeddings=config.max_position_embeddings,
             sliding_windows=_sliding_windows(get, num_layers),
             use_rope=_use_rope(get, num_layers),
-            rope=_rope(get, head_dim),
+            rope=_rope(config, head_dim),
             eos_token_ids=_token_ids(eos if eos is not None else get("eos_token_id")),
             bos_token_id=get("bos_token_id"),
             pad_token_id=get("pad_token_id"),
@@ -208,13 +208,16 @@ def _use_rope(get: Callable[[str], Any], num_layers: int) -> tuple[bool, ...]:
     return tuple(bool(rotates) for rotates in layers[:num_layers])
 
 
-def _rope(get: Callable[[str], Any], head_dim: int) -> RopeConfig:
-    parameters = deepcopy(get("rope_parameters"))
-    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+def _rope(config: PretrainedConfig, head_dim: int) -> RopeConfig:
+    parameters = config.rope_parameters
+    if isinstance(parameters, dict) and any(isinstance(value, dict) for value in parameters.values()):
         raise ValueError(
             f"rope_parameters={parameters} is not supported, it must be one set of parameters for all layers"
         )
-    return RopeConfig(parameters, head_dim, get("max_position_embeddings"))
+    config = deepcopy(config)
+    # moves what older configurations keep elsewhere into rope_parameters, as the rotary module does on its first use
+    config.standardize_rope_params()
+    return RopeConfig(config.rope_parameters, head_dim, config.max_position_embeddings)
 
 
 def _recorded_exit(recorded: Any, num_layers: int) -> tuple[int | None, int | None]:
