@@ -59,7 +59,7 @@ def exit_head(
         hidden: [N, C] float32, float16 or bfloat16, before the final norm.
         norm_weight: [C]; lm_head: [V, C]; bias: [V]; dtype of hidden.
         eps: of the norm, > 0.
-        logit_scale, softcap: see above; softcap=None: no cap.
+        logit_scale, softcap: see above, both > 0; softcap=None: no cap.
         sampling: `Sampling`; None: greedy.
         logits_out: [N, V] float32, receives the logits.
         out: `ExitHead` of tensors to write the result to.
@@ -79,7 +79,10 @@ def exit_head(
     _check.optional("bias", bias, (vocab,), dtype=hidden.dtype, like=hidden)
     if softcap is not None:
         _check.positive("softcap", softcap)
+    _check.positive("logit_scale", logit_scale)
     if sampling is not None:
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling: expected a Sampling, got {type(sampling).__name__}")
         for name, value, dtype in zip(Sampling._fields, sampling, _SAMPLING_DTYPES):
             required = name in ("temperature", "seed", "position")
             (_check.tensor if required else _check.optional)(
@@ -87,6 +90,8 @@ def exit_head(
             )
     _check.optional("logits_out", logits_out, (rows, vocab), dtype=torch.float32, like=hidden)
     if out is not None:
+        if not isinstance(out, ExitHead):
+            raise TypeError(f"out: expected an ExitHead, got {type(out).__name__}")
         for name, value, dtype in zip(ExitHead._fields, out, (torch.int64, torch.float32, torch.float32)):
             _check.tensor(f"out.{name}", value, (rows,), dtype=dtype, like=hidden)
     if torch.compiler.is_compiling():

@@ -68,6 +68,8 @@ def check_round(draft, num_draft, eos_ids, remaining, finished, out) -> None:
     _check.tensor("remaining", remaining, (batch,), dtype=torch.int32, like=draft)
     _check.tensor("finished", finished, (batch,), dtype=torch.bool, like=draft)
     if out is not None:
+        if not isinstance(out, Verified):
+            raise TypeError(f"out: expected a Verified, got {type(out).__name__}")
         _check.tensor("out.tokens", out.tokens, (batch, drafts + 1), dtype=torch.int64, like=draft)
         _check.tensor("out.num_emitted", out.num_emitted, (batch,), dtype=torch.int32, like=draft)
         _check.tensor("out.num_accepted", out.num_accepted, (batch,), dtype=torch.int32, like=draft)
