@@ -85,7 +85,7 @@ def test_large_token_ids_and_many_eos(backend):
     """Ids are 64 bits; 2³² + 5 is not 5."""
     big = 2**32 + 5
     rows = [((big, 3), (big, 3, 4), 2, 9, False), ((5, 3), (big, 3, 4), 2, 9, False), ((3, 4), (3, 4, 5), 2, 9, False)]
-    for eos in ((), (5,), (big,), tuple(range(100, 180)) + (5,)):
+    for eos in ((), (5,), (big,), (*range(100, 180), 5)):
         assert_matches_by_hand(call(backend, rows, eos), rows, eos, 3)
 
 
