@@ -75,6 +75,8 @@ def exit_head(
     _check.tensor("norm_weight", norm_weight, (width,), dtype=hidden.dtype, like=hidden)
     _check.tensor("lm_head", lm_head, (None, width), dtype=hidden.dtype, like=hidden)
     vocab = lm_head.shape[0]
+    if not vocab:
+        raise ValueError("lm_head: an empty vocabulary, expected at least one row")
     _check.positive("eps", eps)
     _check.optional("bias", bias, (vocab,), dtype=hidden.dtype, like=hidden)
     if softcap is not None:
