@@ -1,4 +1,4 @@
-"""Builds the native libraries with CMake. Imports no torch: kernels take raw pointers, so one build works with any torch.
+"""Builds the native libraries with CMake. Kernels take raw pointers: no torch is imported, one build works with any.
 
 Environment:
     LAYERSKIP_CUDA        auto (default): build the CUDA library when nvcc is found; 0: never; 1: required
@@ -113,7 +113,7 @@ class CudaPlan:
         self.nvcc = find_nvcc()
         if self.nvcc is None:
             if mode == "1":
-                raise SetupError("LAYERSKIP_CUDA=1: nvcc not found on PATH, in CUDA_HOME or CUDACXX; install the CUDA toolkit")
+                raise SetupError("LAYERSKIP_CUDA=1: no nvcc on PATH, in CUDA_HOME or CUDACXX; install the CUDA toolkit")
             self.note = "nvcc was not found when the package was built (LAYERSKIP_CUDA=auto)"
             return
         self.note = "built"
@@ -188,9 +188,9 @@ class CMakeBuild(build_ext):
         try:
             subprocess.run(["cmake", *arguments], check=True, env=env)
         except FileNotFoundError:
-            raise SetupError("cmake not found: pip install cmake ninja, or build without --no-build-isolation") from None
+            raise SetupError("cmake not found: pip install cmake ninja pybind11") from None
         except subprocess.CalledProcessError as error:
-            raise SetupError(f"cmake {arguments[0]} failed with exit code {error.returncode}, its output is above") from None
+            raise SetupError(f"cmake {arguments[0]} failed (exit code {error.returncode}), see above") from None
 
 
 try:

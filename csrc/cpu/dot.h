@@ -83,10 +83,10 @@ struct Dot<bf16> {
 };
 #endif
 
-// Elements of a packed row.
+// Elements from one packed row to the next. The extra cache line keeps rows of 2^n elements out of each other's cache sets.
 template <class T>
 LK_INLINE int64_t packed_size(int64_t c) {
-  return (c + Dot<T>::kChunk - 1) / Dot<T>::kChunk * Dot<T>::kChunk;
+  return (c + Dot<T>::kChunk - 1) / Dot<T>::kChunk * Dot<T>::kChunk + 64 / int64_t(sizeof(typename Dot<T>::X));
 }
 
 template <class T>

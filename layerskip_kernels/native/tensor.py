@@ -21,7 +21,7 @@ def address(tensor: Tensor, name: str, device_type: str) -> int:
     if tensor.device.type != device_type:
         raise ValueError(f"{name}: on {tensor.device}, this backend takes {device_type} tensors")
     if tensor.requires_grad and _grad_enabled():
-        raise ValueError(f"{name}: requires_grad, but kernels have no backward: call under torch.no_grad() or detach it")
+        raise ValueError(f"{name}: requires_grad, and kernels have no backward: use torch.no_grad() or detach it")
     pointer = tensor.data_ptr()
     if pointer % tensor.element_size() or (pointer == 0 and tensor.numel()):
         raise ValueError(f"{name}: its memory at {pointer:#x} is not a multiple of {tensor.element_size()} bytes")
