@@ -21,6 +21,8 @@ def verify_rejection(
     tokens[:, :-1] = draft
     accepted = torch.zeros_like(num_draft)
     for b in range(draft.shape[0]):
+        if finished[b]:
+            continue  # its probabilities may hold anything
         n = int(num_draft[b])
         x, q, p, u = draft[b, :n], draft_probs[b, :n].double(), target_probs[b].double(), uniforms[b].double()
         a, weights = accept(x, q, p, u[:, 0])
