@@ -14,6 +14,10 @@ import torch
 import layerskip_kernels as lk
 from layerskip_kernels import registry
 
+# The tests' matrices are tiny, and OpenMP threads that wait for each other on a busy machine make them 20 times slower.
+# What depends on the number of threads sets it itself.
+torch.set_num_threads(1)
+
 
 class Backend(NamedTuple):
     name: str

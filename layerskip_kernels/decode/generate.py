@@ -61,6 +61,8 @@ class Generation:
         except KeyboardInterrupt:
             for request in self.requests:
                 request.finish_reason = request.finish_reason or "interrupted"
+            if self.streamer is not None:
+                self.streamer.end()
 
     def _start(self, request: Request) -> None:
         started = time.perf_counter()
@@ -114,7 +116,7 @@ class Generation:
         if (kept := self.stop(request, len(tokens))) is not None:
             cut = len(request.tokens) - kept
             self.stats.tokens -= cut
-            self.stats.decode_tokens -= min(cut, self.stats.decode_tokens)
+            self.stats.decode_tokens -= cut
             del request.tokens[kept:]
             tokens = tokens[: len(tokens) - cut]
             request.finish_reason = "stop_string"
