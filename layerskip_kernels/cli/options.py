@@ -1,0 +1,120 @@
+"""Options shared by the commands, under the names of Meta's scripts, and how their values are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+
+
+class TrueFalse(click.ParamType):
+    """`--sample`, `--sample True`, `--sample False`."""
+
+    name = "True|False"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
+        if isinstance(value, bool):
+            return value
+        if value.lower() not in ("true", "false"):
+            self.fail(f"{value!r} is not True or False.", param, ctx)
+        return value.lower() == "true"
+
+
+class KeyValues(click.ParamType):
+    """`key=value,key=value`; whole numbers become int."""
+
+    name = "key=value,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, int | str]:
+        if isinstance(value, dict):
+            return value
+        pairs = {}
+        for item in filter(None, value.split(",")):
+            key, equals, text = (part.strip() for part in item.partition("="))
+            if not (key and equals and text):
+                self.fail(f"{item!r} does not look like key=value.", param, ctx)
+            pairs[key] = int(text) if text.lstrip("-").isdecimal() else text
+        return pairs
+
+
+class Device(click.ParamType):
+    """Where to run: auto, cpu, cuda, cuda:1."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            self.fail(f"{value!r} is not auto, cpu, cuda or cuda:N.", param, ctx)
+        return value
+
+
+class MetaCommand(click.Command):
+    """Reads what Meta's scripts accept and click does not: dashes in option names, several values after one option."""
+
+    LISTS = ("stop_words", "stop_token_ids")
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        settings = {"token_normalize_func": lambda name: name.replace("-", "_"), "show_default": True}
+        super().__init__(*args, context_settings=settings, **kwargs)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        expanded: list[str] = []
+        current, is_value = None, False  # the list option being read; whether the next argument is its first value
+        for arg in args:
+            if current and not is_value and not arg.startswith("-"):
+                expanded.append(f"--{current}")
+            expanded.append(arg)
+            if is_value:
+                is_value = False
+            elif arg.startswith("-"):
+                name, equals, _ = arg.lstrip("-").partition("=")
+                current = name.replace("-", "_") if name.replace("-", "_") in self.LISTS else None
+                is_value = current is not None and not equals
+        return super().parse_args(ctx, expanded)
+
+
+def model_options(command: Callable) -> Callable:
+    """Which model, and what it runs on."""
+    for option in reversed(
+        [
+            click.option("--model", required=True, help="Folder of a Hugging Face checkpoint, or its id on the hub."),
+            click.option("--model_args", type=KeyValues(), help="More arguments of the decoder, as max_length=4096."),
+            click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="auto: as stored."),
+            click.option("--device", type=Device(), default="auto", help="cpu, cuda, cuda:1; auto: a GPU if any."),
+            click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="Kernels to run on."),
+            click.option("--max_batch_size", type=click.IntRange(1), default=8, help="Prompts decoded together."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def generation_options(command: Callable) -> Callable:
+    """How tokens are chosen and when to stop."""
+    for option in reversed(
+        [
+            click.option("--generation_strategy", type=click.Choice(STRATEGIES), default=STRATEGIES[0]),
+            click.option("--exit_layer", type=int, default=-1, help="Layers that draft; -1: recorded or default."),
+            click.option(
+                "--num_speculations", type=int, default=-1, help="Tokens drafted per round; -1: recorded or default."
+            ),
+            click.option("--max_steps", type=click.IntRange(1), default=512, help="Most new tokens per prompt."),
+            click.option("--sample", type=TrueFalse(), is_flag=False, flag_value="True", default="False"),
+            click.option("--temperature", type=float, default=0.6),
+            click.option("--top_k", type=int, default=0, help="0: all tokens."),
+            click.option("--top_p", type=float, default=0.9),
+            click.option("--seed", type=int, default=42),
+            click.option("--stop_words", multiple=True, help="Texts that end an answer; several, or repeated."),
+            click.option(
+                "--stop_token_ids", type=int, multiple=True, help="Tokens that end an answer, besides the model's own."
+            ),
+        ]
+    ):
+        command = option(command)
+    return command

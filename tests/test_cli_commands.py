@@ -1,0 +1,55 @@
+"""The command `layerskip` as a whole, and `layerskip doctor`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import layerskip_kernels as lk
+from layerskip_kernels import registry
+from layerskip_kernels.cli import app
+from layerskip_kernels.cli.doctor import _auto
+
+
+def test_help_comes_without_torch_and_transformers():
+    code = (
+        "import sys; from layerskip_kernels.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print('heavy:', {'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    )
+    for arguments in (["--help"], ["generate", "--help"], ["doctor", "--help"], ["--version"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("heavy: set()\n")
+
+
+def test_python_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "layerskip_kernels", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"layerskip {lk.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "layerskip_kernels", "genrate"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "No such command 'genrate', choose from doctor, generate." in done.stderr
+
+
+def test_doctor_says_what_every_backend_and_op_does_here():
+    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "400"})
+    assert result.exit_code == 0, result.output
+    for backend in lk.backends():
+        assert f" {backend.name} " in result.stdout
+        assert backend.reason is None or backend.reason in result.stdout
+    for op in registry.OP_NAMES:
+        assert f" {op} " in result.stdout
+    assert lk.__version__ in result.stdout and "torch" in result.stdout and "transformers" in result.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_doctor_names_the_backends_a_decoder_gets(dtype, monkeypatch):
+    monkeypatch.setattr(registry, "_warn_reference", lambda op, reasons: None)
+    bound = registry.bind(torch.device("cpu"), getattr(torch, dtype), "auto").backends
+    shown = _auto(torch.device("cpu"), getattr(torch, dtype))
+    bound["decoder_stack"] = bound["decoder_stack"].replace("composed", "composed of the ops above")
+    assert shown == bound
