@@ -83,12 +83,17 @@ def decoder_stack(
         raise TypeError(f"layers: expected a non-empty DecoderLayers, got {type(layers).__name__}")
     _check.tensor("k_cache", k_cache, (len(layers), None, None, None, None), dtype=hidden.dtype, like=hidden)
     _check.tensor("v_cache", v_cache, tuple(k_cache.shape), dtype=hidden.dtype, like=hidden)
+    dim = k_cache.shape[4]
+    if dim % 8 or not 8 <= dim <= 256:
+        raise ValueError(f"D={dim}: choose a multiple of 8 in 8..256")
     _check_layers(layers, width, k_cache, hidden)
     _check.positive("eps", eps)
+    _check.positive("scale", scale)
+    _check.positive("attention_factor", attention_factor)
     _check.tensor("lengths", lengths, (batch,), dtype=torch.int32, like=hidden)
     _check.tensor("positions", positions, (batch, window), dtype=torch.int32, like=hidden)
     _check.tensor("inv_freq", inv_freq, dtype=torch.float32, like=hidden)
-    half = k_cache.shape[4] // 2
+    half = dim // 2
     if tuple(inv_freq.shape) not in ((half,), (batch, window, half)):
         raise ValueError(f"inv_freq: shape {list(inv_freq.shape)}, expected [{half}] or [{batch}, {window}, {half}]")
     _check.slots(slot_ids, batch, k_cache.shape[1], hidden)
@@ -171,7 +176,14 @@ def compose(
 def _check_layers(layers: DecoderLayers, width: int, k_cache: torch.Tensor, like: torch.Tensor) -> None:
     groups, dim = k_cache.shape[2], k_cache.shape[4]
     for i, layer in enumerate(layers):
-        inner, mlp = layer.q.shape[0], layer.gate.shape[0]
+        if not isinstance(layer, LayerWeights):
+            raise TypeError(f"layers[{i}]: expected LayerWeights, got {type(layer).__name__}")
+        if layer.sliding_window is not None and layer.sliding_window < 1:
+            raise ValueError(f"layers[{i}].sliding_window={layer.sliding_window}: must be at least 1, or None")
+        if (layer.q_norm is None) != (layer.k_norm is None):
+            raise ValueError(f"layers[{i}].q_norm, layers[{i}].k_norm: give both or neither")
+        inner = _check.tensor(f"layers[{i}].q", layer.q, (None, width)).shape[0]
+        mlp = _check.tensor(f"layers[{i}].gate", layer.gate, (None, width)).shape[0]
         if inner % (groups * dim):
             raise ValueError(f"layers[{i}].q: {inner} rows, expected a multiple of G·D = {groups * dim}")
         shapes = LayerWeights(
