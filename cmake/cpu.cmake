@@ -4,6 +4,8 @@
 set(LAYERSKIP_CPU_OPS
     rms_norm
     small_linear
+    verify_rejection
+    verify_tokens
 )
 list(TRANSFORM LAYERSKIP_CPU_OPS PREPEND csrc/cpu/)
 list(TRANSFORM LAYERSKIP_CPU_OPS APPEND .cpp)

@@ -7,17 +7,9 @@
 #include "cpu/ops.h"
 #include "cpu/thread_pool.h"
 #include "cpu/workspace.h"
-
-namespace py = pybind11;
+#include "cpu_bindings.h"
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void rms_norm(Address x, int64_t x_stride, Address weight, Address residual, int64_t residual_stride, Address out,
               int64_t out_stride, int64_t m, int64_t c, float eps, int dtype, int num_threads) {
@@ -64,6 +56,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_cpu, module) {
   module.def("rms_norm", &rms_norm);
   module.def("small_linear", &small_linear);
+  bind_tokens(module);
 
   module.def("build_info", &build_info);
   module.def("active_variant", &lk::active_variant);

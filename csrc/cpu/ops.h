@@ -3,10 +3,14 @@
 
 #include "cpu/rms_norm.h"
 #include "cpu/small_linear.h"
+#include "cpu/verify_rejection.h"
+#include "cpu/verify_tokens.h"
 
-#define LK_CPU_OPS(OP)          \
-  OP(rms_norm, RmsNormArgs)     \
-  OP(small_linear, SmallLinearArgs)
+#define LK_CPU_OPS(OP)                    \
+  OP(rms_norm, RmsNormArgs)               \
+  OP(small_linear, SmallLinearArgs)       \
+  OP(verify_rejection, VerifyRejectionArgs) \
+  OP(verify_tokens, VerifyTokensArgs)
 
 #define LK_DECLARE_OP(name, Args) void name(const Args& args);
 #define LK_DECLARE_VARIANT(variant)  \

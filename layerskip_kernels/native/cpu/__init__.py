@@ -32,17 +32,24 @@ def why_unsupported(op: str, *, device: torch.device, dtype: torch.dtype) -> str
         return f"it has no {op}"
     if device.type != "cpu":
         return f"it takes cpu tensors, not {device.type}"
+    if op in _TOKEN_OPS:
+        return None
     if dtype is not None and dtype not in FLOAT_DTYPES:
         return f"it takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
 
 
+_TOKEN_OPS = ("verify_tokens", "verify_rejection")  # their dtypes are fixed, whatever the model's
 OPS = {}
 if cpu_library()[0] is not None:
     from layerskip_kernels.native.cpu.rms_norm import rms_norm
     from layerskip_kernels.native.cpu.small_linear import small_linear
+    from layerskip_kernels.native.cpu.verify_rejection import verify_rejection
+    from layerskip_kernels.native.cpu.verify_tokens import verify_tokens
 
     OPS = {
         "rms_norm": rms_norm,
         "small_linear": small_linear,
+        "verify_rejection": verify_rejection,
+        "verify_tokens": verify_tokens,
     }

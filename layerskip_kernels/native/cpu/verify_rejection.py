@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels.native import _cpu
+from layerskip_kernels.native.cpu.verify_tokens import round_fields
+from layerskip_kernels.native.tensor import address
+from layerskip_kernels.ops.verify_tokens import Verified
+
+
+def verify_rejection(
+    draft: Tensor,
+    draft_probs: Tensor,
+    target_probs: Tensor,
+    uniforms: Tensor,
+    num_draft: Tensor,
+    *,
+    method: str = "standard",
+    eos_ids: Tensor,
+    remaining: Tensor,
+    finished: Tensor,
+    out: Verified | None = None,
+) -> Verified:
+    """See layerskip_kernels.ops.verify_rejection."""
+    fields, out = round_fields(draft, num_draft, eos_ids, remaining, finished, out)
+    _cpu.verify_rejection(
+        fields,
+        address(draft_probs, "draft_probs", "cpu"),
+        draft_probs.stride()[:2],
+        address(target_probs, "target_probs", "cpu"),
+        target_probs.stride()[:2],
+        address(uniforms, "uniforms", "cpu"),
+        uniforms.stride()[:2],
+        target_probs.shape[2],
+        method == "block",
+        torch.get_num_threads(),
+    )
+    return out
