@@ -156,7 +156,7 @@ def test_generation_config_comes_first():
         ("llama", {"layerskip": 4}, "layerskip=4 in config.json must look like"),
         ("llama", {"layerskip": {"exit_layer": 32}}, r"exit_layer=32 .* has 32 layers, choose 1\.\.31"),
         ("llama", {"layerskip": {"exit_layer": True}}, r"exit_layer=True .*choose 1\.\.31"),
-        ("llama", {"layerskip": {"num_speculations": 0}}, r"num_speculations=0 .*choose 1\.\.63"),
+        ("llama", {"layerskip": {"num_speculations": 64}}, r"num_speculations=64 .*choose 0\.\.63"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 32}, "sliding_window=None: layers of type sliding_attention"),
         (
             "qwen3",
@@ -177,5 +177,5 @@ def test_rope_parameters_per_layer_type_are_refused():
         "full_attention": {"rope_type": "default", "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    with pytest.raises(ValueError, match="rope_parameters=.* must be one set of parameters for all layers"):
+    with pytest.raises(ValueError, match=r"rope_parameters=.* must be one set of parameters for all layers"):
         ModelConfig.from_hf(hf_config)

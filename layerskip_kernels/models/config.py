@@ -233,8 +233,8 @@ def _recorded_exit(recorded: Any, num_layers: int) -> tuple[int | None, int | No
             f"layerskip.exit_layer={exit_layer!r} in config.json: the model has {num_layers} layers, "
             f"choose 1..{num_layers - 1}"
         )
-    if num_speculations is not None and (type(num_speculations) is not int or not 1 <= num_speculations <= 63):
-        raise ValueError(f"layerskip.num_speculations={num_speculations!r} in config.json: choose 1..63")
+    if num_speculations is not None and (type(num_speculations) is not int or not 0 <= num_speculations <= 63):
+        raise ValueError(f"layerskip.num_speculations={num_speculations!r} in config.json: choose 0..63")
     return exit_layer, num_speculations
 
 
