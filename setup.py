@@ -4,6 +4,7 @@ Environment:
     LAYERSKIP_CUDA        auto (default): build the CUDA library when nvcc is found; 0: never; 1: required
     LAYERSKIP_CUDA_ARCHS  compute capabilities to build for, e.g. "80;90;100" (PTX of the newest is added)
     CXX, CUDACXX          compilers to use instead of the ones on PATH
+    LAYERSKIP_BUILD_DIR   CMake's folder (default: build/cmake-<python>; a second build compiles only what changed)
     MAX_JOBS              parallel compile jobs (default: number of cores)
 """
 
@@ -60,13 +61,21 @@ def find_cxx() -> str:
     raise SetupError("no C++ compiler found (looked for c++, g++, clang++ on PATH): install g++, or name one with CXX")
 
 
+def max_jobs() -> str:
+    jobs = os.environ.get("MAX_JOBS", "").strip() or str(os.cpu_count() or 1)
+    if not jobs.isdigit() or int(jobs) < 1:
+        raise SetupError(f"MAX_JOBS={jobs!r}: give a whole number of at least 1")
+    return jobs
+
+
 def known_archs(nvcc: str) -> list[str]:
     listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
     archs = re.findall(r"compute_(\d+)", listing.stdout)
     if listing.returncode or not archs:
+        output = (listing.stderr or listing.stdout).strip() or f"exit code {listing.returncode}"
         raise SetupError(
-            f"{nvcc} was found but does not run ({(listing.stderr or listing.stdout).strip().splitlines()[-1:]}): "
-            "repair the CUDA toolkit, or set LAYERSKIP_CUDA=0 to build without CUDA"
+            f"{nvcc} was found but does not list its architectures: repair the CUDA toolkit, or set LAYERSKIP_CUDA=0 "
+            f"to build without CUDA. Its output: {output}"
         )
     return sorted(set(archs), key=int)
 
@@ -96,7 +105,7 @@ def check_nvcc(nvcc: str, arch: str) -> None:
     if result.returncode:
         raise SetupError(
             f"{nvcc} was found but cannot compile an empty kernel: repair the CUDA toolkit, or set LAYERSKIP_CUDA=0 "
-            f"to build without CUDA. Its output:\n{(result.stderr or result.stdout).strip()}"
+            f"to build without CUDA. Its output: {(result.stderr or result.stdout).strip()}"
         )
 
 
@@ -128,15 +137,13 @@ class CMakeBuild(build_ext):
     """Configures and builds every extension in one fixed folder, so that a second build compiles only what changed."""
 
     def build_extensions(self) -> None:
-        cxx = find_cxx()
+        cxx, jobs = find_cxx(), max_jobs()
         PLAN.check_toolkit()
         log(f"CUDA library: {PLAN.note}" + (f" with {PLAN.nvcc} for {', '.join(PLAN.archs)}" if PLAN.nvcc else ""))
-        folder = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        default = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        folder = Path(os.environ.get("LAYERSKIP_BUILD_DIR") or default).resolve()
         products = folder / "products"
         self.configure(folder, products, cxx)
-        jobs = os.environ.get("MAX_JOBS", "").strip() or str(os.cpu_count() or 1)
-        if not jobs.isdigit() or int(jobs) < 1:
-            raise SetupError(f"MAX_JOBS={jobs!r}: give a whole number of at least 1")
         targets = [ext.name.rpartition(".")[2] for ext in self.extensions]
         self.cmake("--build", str(folder), "--parallel", jobs, "--target", *targets)
         for ext in self.extensions:
