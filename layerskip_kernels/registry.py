@@ -76,15 +76,17 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
     return module.why_unsupported(op, device=device, dtype=dtype)
 
 
-def check_backend_name(name: str) -> str:
+def check_backend_name(name: str, source: str = "backend") -> str:
     if name not in _MODULES and name != "auto":
-        raise ValueError(f"backend={name!r}: choose auto, {', '.join(_MODULES)}")
+        raise ValueError(f"{source}={name!r}: choose auto, {', '.join(_MODULES)}")
     return name
 
 
 def choice(backend: str | None = None) -> str:
     """The backend asked for: the argument, else `use_backend`, else LAYERSKIP_BACKEND, else "auto"."""
-    return check_backend_name(backend or _chosen.get() or os.environ.get("LAYERSKIP_BACKEND") or "auto")
+    if asked := backend or _chosen.get():
+        return check_backend_name(asked)
+    return check_backend_name(os.environ.get("LAYERSKIP_BACKEND") or "auto", "LAYERSKIP_BACKEND")
 
 
 def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
