@@ -235,17 +235,8 @@ class Session:
 
 
 def test_typed_prompts_keep_the_conversation_and_survive_an_error(checkpoint, tmp_path):
-    session = Session(
-        "--model",
-        checkpoint,
-        "--chat",
-        "--output_dir",
-        str(tmp_path),
-        "--max_steps",
-        "8",
-        "--model_args",
-        "max_length=50",
-    )
+    options = ["--chat", "--streamer", "speculative", "--max_steps", "8", "--model_args", "max_length=50"]
+    session = Session("--model", checkpoint, "--output_dir", str(tmp_path), *options)
     session.wait_for("> ")
     session.send("Hi\n")
     session.wait_for("self_speculative", 1)
@@ -255,6 +246,7 @@ def test_typed_prompts_keep_the_conversation_and_survive_an_error(checkpoint, tm
     session.wait_for("self_speculative", 2)
     session.send("\x04")
     assert session.exit_code() == 0, session.output
+    assert "\x1b7" in session.output and "\x1b8\x1b[J" in session.output  # drafts were shown and taken back
     (file,) = tmp_path.iterdir()
     first, second = json.loads(file.read_text(encoding="utf-8"))["calls"]
     assert (first["answers"][0]["prompt"], second["answers"][0]["prompt"]) == ("Hi", "You")
@@ -267,12 +259,6 @@ def test_typed_prompts_keep_the_conversation_and_survive_an_error(checkpoint, tm
     text = decoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = decoder.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert decoder.generate([ids], max_new_tokens=8).sequences == [second["answers"][0]["tokens"]]
-
-
-def test_drafts_are_coloured_on_a_terminal(checkpoint):
-    session = Session("--model", checkpoint, "--prompt", "Hello", "--streamer", "speculative", "--max_steps", "20")
-    assert session.exit_code() == 0, session.output
-    assert "\x1b7" in session.output and "\x1b8\x1b[J" in session.output
 
 
 def test_ctrl_c_prints_what_there_is_and_exits_with_130(checkpoint):

@@ -26,11 +26,14 @@ def doctor() -> None:
     """Show what was built, which backends work here and why the others don't."""
     import torch
 
+    from layerskip_kernels.native.info import build_report
+
+    build = build_report()
     console = Console(highlight=False)
     for title, rows in (
         ("Installation", _installation()),
-        ("Processor", _processor(torch)),
-        ("GPU", _gpus(torch)),
+        ("Processor", _processor(build["cpu"])),
+        ("GPU", _gpus(torch, build["cuda"])),
         ("Backends", _backends()),
     ):
         console.print(_table(title, ("", ""), rows))
@@ -63,33 +66,17 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _processor(torch: Any) -> list[tuple[str, str]]:
-    from layerskip_kernels.native import cpu_library
-
+def _processor(build: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("model", _cpu_model()),
-        ("threads", f"{torch.get_num_threads()} used, {os.cpu_count()} logical processors"),
+        ("threads", f"{build['threads']} used, {os.cpu_count()} logical processors"),
+        ("native library", f"built by {build['compiler']}" if "compiler" in build else build["reason"]),
     ]
-    library, reason = cpu_library()
-    if library is None:
-        return [*rows, ("native library", reason)]
-    build = library.build_info()
-    return [
-        *rows,
-        ("native library", f"built by {build['compiler']}"),
-        ("variant in use", _variant(library, build["variants"])),
-        *((f"  {name}", library.why_variant_unsupported(name) or "runs here") for name in build["variants"]),
-    ]
-
-
-def _variant(library: Any, built: list[str]) -> str:
-    try:
-        active = library.active_variant()
-    except ValueError as error:
-        return f"none: {error}"
-    if os.environ.get("LAYERSKIP_CPU_VARIANT"):
-        return f"{active}, chosen by LAYERSKIP_CPU_VARIANT"
-    return f"{active}, the fastest of {', '.join(built)} that runs here"
+    if "active_variant" in build:
+        rows.append(("variant in use", f"{build['active_variant']}: {build['active_because']}"))
+    elif "compiler" in build:
+        rows.append(("variant in use", f"none: {build['reason']}"))
+    return rows + [(f"  {name}", missing or "runs here") for name, missing in build.get("variants", {}).items()]
 
 
 def _cpu_model() -> str:
@@ -100,20 +87,16 @@ def _cpu_model() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _gpus(torch: Any) -> list[tuple[str, str]]:
-    from layerskip_kernels.native import cuda_library
-
+def _gpus(torch: Any, build: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("torch built for CUDA", torch.version.cuda or "no")]
-    library, reason = cuda_library()
-    if library is None:
-        rows.append(("native library", reason))
-    else:
-        build, report = library.build_info(), library.device_report()
+    if "archs" in build:
         rows += [
             ("native library", f"built by {build['compiler']} for {build['archs']}"),
-            ("driver supports CUDA", str(report["driver_version"] or "no driver")),
-            ("devices", report["reason"] or str(len(report["devices"]))),
+            ("driver supports CUDA", str(build["driver_version"] or "no driver")),
+            ("runs here", build["reason"] or "yes"),
         ]
+    else:
+        rows.append(("native library", build["reason"]))
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         rows.append((f"cuda:{index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"))
