@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tiny_models import FAMILIES, tiny_model
 
 import layerskip_kernels as lk
 from layerskip_kernels.models.loading import from_transformers
 from layerskip_kernels.reference.decode import ReferenceDecoder
-from tiny_models import FAMILIES, tiny_model
 
 PROMPTS = [[5, 9, 17, 3, 250, 11, 40], [7], [100, 101, 102] * 14]
 NEW = 24
