@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import layerskip_kernels as lk
 from layerskip_kernels import registry
 from layerskip_kernels.cli import app
-from layerskip_kernels.cli.doctor import _auto
+from layerskip_kernels.cli.doctor import _auto, _gpus
 
 
 def test_help_comes_without_torch_and_transformers():
@@ -53,3 +53,12 @@ def test_doctor_names_the_backends_a_decoder_gets(dtype, monkeypatch):
     shown = _auto(torch.device("cpu"), getattr(torch, dtype))
     bound["decoder_stack"] = bound["decoder_stack"].replace("composed", "composed of the ops above")
     assert shown == bound
+
+
+def test_doctor_tells_a_gpu_build_without_a_driver():
+    build = {"compiler": "NVIDIA 13.0.88", "archs": "80;90;100", "runtime_version": 13000, "driver_version": 0}
+    rows = dict(_gpus(torch, {**build, "reason": "no CUDA driver"}))
+    assert rows["native library"] == "built by NVIDIA 13.0.88 for 80;90;100"
+    assert (rows["built with CUDA"], rows["driver supports CUDA"]) == ("13.0", "no driver")
+    assert rows["runs here"] == "no CUDA driver"
+    assert dict(_gpus(torch, {**build, "driver_version": 12080, "reason": None}))["driver supports CUDA"] == "12.8"

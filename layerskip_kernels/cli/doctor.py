@@ -92,7 +92,11 @@ def _gpus(torch: Any, build: dict[str, Any]) -> list[tuple[str, str]]:
     if "archs" in build:
         rows += [
             ("native library", f"built by {build['compiler']} for {build['archs']}"),
-            ("driver supports CUDA", str(build["driver_version"] or "no driver")),
+            ("built with CUDA", _cuda_version(build["runtime_version"])),
+            (
+                "driver supports CUDA",
+                _cuda_version(build["driver_version"]) if build["driver_version"] else "no driver",
+            ),
             ("runs here", build["reason"] or "yes"),
         ]
     else:
@@ -101,6 +105,10 @@ def _gpus(torch: Any, build: dict[str, Any]) -> list[tuple[str, str]]:
         gpu = torch.cuda.get_device_properties(index)
         rows.append((f"cuda:{index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"))
     return rows
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _backends() -> list[tuple[str, str]]:
