@@ -1,0 +1,17 @@
+import pytest
+import torch
+from conftest import assert_close, rotated
+
+from layerskip_kernels import reference
+from layerskip_kernels.ops import rms_norm
+
+
+@pytest.mark.parametrize("rows, width", [(1, 2048), (8, 2048), (512, 2048)])
+def bench_rms_norm(row, backend, rows, width):
+    dtype = torch.bfloat16
+    weight = torch.randn(width, dtype=dtype)
+    size = rows * width * dtype.itemsize
+    inputs = rotated(lambda: (torch.randn(rows, width, dtype=dtype), torch.empty(rows, width, dtype=dtype)), 2 * size)
+    x = inputs[0][0]
+    assert_close(rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), dtype)
+    row([lambda x=x, out=out: rms_norm(x, weight, 1e-5, out=out) for x, out in inputs], 2 * size)
