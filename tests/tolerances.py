@@ -40,7 +40,7 @@ def tolerance(dtype: torch.dtype, op: str | None = None) -> Tolerance:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, op: str | None = None, dtype: torch.dtype | None = None):
-    """`actual`, from any device, against `expected` (whole numbers exactly); `dtype` when the model's dtype is not the result's."""
+    """`actual`, from any device, against `expected`; `dtype` is the model's where the result has another. Integers exactly."""
     if not expected.dtype.is_floating_point:
         assert torch.equal(actual.cpu(), expected.cpu())
         return
