@@ -14,7 +14,7 @@ list(TRANSFORM LAYERSKIP_CPU_OPS APPEND .cpp)
 set(LAYERSKIP_CPU_FLAGS -ffp-contract=off -Wall -Wextra)
 
 set(LAYERSKIP_CPU_VARIANTS scalar)
-set(LAYERSKIP_FLAGS_scalar "")
+set(LAYERSKIP_FLAGS_scalar -Wno-psabi)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     list(APPEND LAYERSKIP_CPU_VARIANTS avx2 avx512 avx512_bf16)
     set(LAYERSKIP_FLAGS_avx2 -mavx2 -mfma -mf16c)

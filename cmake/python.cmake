@@ -1,7 +1,6 @@
 # The pybind11 modules: integers and pointers in, no torch.
-find_package(Python3 REQUIRED COMPONENTS Interpreter Development.Module)
-set(PYBIND11_FINDPYTHON OFF)
-set(PYTHON_EXECUTABLE ${Python3_EXECUTABLE})
+set(Python_EXECUTABLE ${Python3_EXECUTABLE})
+set(PYBIND11_FINDPYTHON ON)
 find_package(pybind11 CONFIG REQUIRED)
 
 string(REPLACE ";" "," LAYERSKIP_CUDA_ARCHS_TEXT "${CMAKE_CUDA_ARCHITECTURES}")

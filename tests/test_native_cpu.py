@@ -139,7 +139,8 @@ spec.loader.exec_module(_cpu)
 x, w, y = np.ones((2, 4096), np.float32), np.ones((300, 4096), np.float32), np.zeros((2, 300), np.float32)
 def check():
     y[:] = 0
-    _cpu.small_linear(x.ctypes.data, 4096, 2, 4096, (w.ctypes.data, 4096, 300, 0, y.ctypes.data, 300), 0, 0.0, 0, 0, 0, 3)
+    weights = (w.ctypes.data, 4096, 300, 0, y.ctypes.data, 300)
+    _cpu.small_linear(x.ctypes.data, 4096, 2, 4096, weights, 0, 0.0, 0, 0, 0, 3)
     assert (y == 4096).all() and _cpu.pool_size() == 2
 check()
 child = os.fork()

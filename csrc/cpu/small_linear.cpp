@@ -44,36 +44,24 @@ LK_INLINE void tile(const Pass<T>& pass, const LinearWeight& weight, int64_t row
     for (int i = 0; i < kCols; ++i) finish(pass, weight, row + i, n + j, totals[j][i]);
 }
 
-template <class T, int kRows>
-LK_INLINE void columns(const Pass<T>& pass, const LinearWeight& weight, int64_t row, int64_t n, int cols) {
-  switch (cols) {
-    case 1: return tile<T, kRows, 1>(pass, weight, row, n);
-    case 2: return tile<T, kRows, 2>(pass, weight, row, n);
-    case 3: return tile<T, kRows, 3>(pass, weight, row, n);
-    case 4: return tile<T, kRows, 4>(pass, weight, row, n);
-  }
+// Weight rows [n, n + kRows) against all x rows, cut into tiles of nearly equal width: kCols or one less.
+template <class T, int kRows, int kCols>
+LK_INLINE void strip(const Pass<T>& pass, const LinearWeight& weight, int64_t n) {
+  const int64_t tiles = (pass.m + kCols - 1) / kCols;
+  const int64_t narrow = tiles * kCols - pass.m;
+  int64_t row = 0;
+  for (int64_t t = narrow; t < tiles; ++t, row += kCols) tile<T, kRows, kCols>(pass, weight, row, n);
+  if constexpr (kCols > 1)
+    for (; row < pass.m; row += kCols - 1) tile<T, kRows, kCols - 1>(pass, weight, row, n);
 }
 
-// Weight rows [begin, end). The x rows are cut into tiles of nearly equal height, so that the widest one sets how many
-// weight rows a tile has.
+// Weight rows [begin, end).
 template <class T, int kCols>
 void panel(const Pass<T>& pass, const LinearWeight& weight, int64_t begin, int64_t end) {
   constexpr int kRows = rows_of_tile(kCols);
-  const int64_t tiles = (pass.m + kCols - 1) / kCols;
   int64_t n = begin;
-  for (; n + kRows <= end; n += kRows)
-    for (int64_t t = 0, row = 0; t < tiles; ++t) {
-      const int cols = int((pass.m - row + tiles - t - 1) / (tiles - t));
-      if (cols == kCols) tile<T, kRows, kCols>(pass, weight, row, n);
-      else if constexpr (kCols > 1) tile<T, kRows, kCols - 1>(pass, weight, row, n);
-      row += cols;
-    }
-  for (; n < end; ++n)
-    for (int64_t t = 0, row = 0; t < tiles; ++t) {
-      const int cols = int((pass.m - row + tiles - t - 1) / (tiles - t));
-      columns<T, 1>(pass, weight, row, n, cols);
-      row += cols;
-    }
+  for (; n + kRows <= end; n += kRows) strip<T, kRows, kCols>(pass, weight, n);
+  for (; n < end; ++n) strip<T, 1, kCols>(pass, weight, n);
 }
 
 template <class T>
@@ -85,7 +73,7 @@ void run_pass(const Pass<T>& pass) {
   int64_t tasks = 0;
   for (int64_t i = 0; i < a.num_weights; ++i) tasks += (a.weights[i].n + rows_per_task - 1) / rows_per_task;
   const int64_t tiles = (pass.m + kMaxCols - 1) / kMaxCols;
-  const int cols = int((pass.m + tiles - 1) / tiles);
+  const int cols = int((pass.m + tiles - 1) / tiles);  // so that at most `tiles` tiles are one narrower
   auto task = [&](int64_t index) {
     const LinearWeight* weight = a.weights;
     for (int64_t count; index >= (count = (weight->n + rows_per_task - 1) / rows_per_task); ++weight) index -= count;
