@@ -40,7 +40,7 @@ def tolerance(dtype: torch.dtype, op: str | None = None) -> Tolerance:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, op: str | None = None, dtype: torch.dtype | None = None):
-    """`actual`, from any device, against `expected`; `dtype` is the model's where the result has another. Integers exactly."""
+    """`actual`, from any device, against `expected`; integers exactly. `dtype`: the model's, if not the result's."""
     if not expected.dtype.is_floating_point:
         assert torch.equal(actual.cpu(), expected.cpu())
         return
