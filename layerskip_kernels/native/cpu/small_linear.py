@@ -20,30 +20,21 @@ def small_linear(
 ) -> Tensor | list[Tensor]:
     """See layerskip_kernels.ops.small_linear."""
     m, c = x.shape
-    single = isinstance(weights, Tensor)
-    if single:
-        weights, bias, out = (weights,), (bias,), (out,)
-    results, fields = [], []
-    for i, weight in enumerate(weights):
-        y = None if out is None else out[i]
-        if y is None:
-            y = x.new_empty(m, weight.shape[0])
-        b = None if bias is None else bias[i]
-        results.append(y)
-        fields += (
-            address(weight, "weights", "cpu"),
-            weight.stride(0),
-            weight.shape[0],
-            0 if b is None else address(b, "bias", "cpu"),
-            address(y, "out", "cpu"),
-            y.stride(0),
-        )
+    if isinstance(weights, Tensor):
+        result = x.new_empty(m, weights.shape[0]) if out is None else out
+        fields = _fields(weights, bias, result)
+    else:
+        if out is None:
+            out = [x.new_empty(m, weight.shape[0]) for weight in weights]
+        result, fields = list(out), ()
+        for i, weight in enumerate(weights):
+            fields += _fields(weight, None if bias is None else bias[i], result[i])
     _cpu.small_linear(
         address(x, "x", "cpu"),
         x.stride(0),
         m,
         c,
-        tuple(fields),
+        fields,
         0 if norm is None else address(norm[0], "norm weight", "cpu"),
         0.0 if norm is None else norm[1],
         0 if residual is None else address(residual, "residual", "cpu"),
@@ -51,4 +42,15 @@ def small_linear(
         dtype_code(x, "x"),
         torch.get_num_threads(),
     )
-    return results[0] if single else results
+    return result
+
+
+def _fields(weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[int, ...]:
+    return (
+        address(weight, "weights", "cpu"),
+        weight.stride(0),
+        weight.shape[0],
+        0 if bias is None else address(bias, "bias", "cpu"),
+        address(out, "out", "cpu"),
+        out.stride(0),
+    )
