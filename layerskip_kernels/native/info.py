@@ -13,9 +13,10 @@ def build_report() -> dict:
     """Facts for `layerskip doctor`.
 
     Returns:
-        {"cpu": {"available", "reason", "version", "compiler", "flags", "variants" (name -> None or why it does not run
-        here), "active_variant", "active_because", "threads"}, "cuda": {"available", "reason", "built" (text), "compiler",
-        "archs", "runtime_version", "driver_version", "devices"}}. Keys about a library that does not load are absent.
+        {"cpu": {"available", "reason", "version", "compiler", "flags", "active_variant", "active_because", "threads",
+                 "variants": {name: None or why it does not run here}},
+         "cuda": {"available", "reason", "built", "compiler", "archs", "runtime_version", "driver_version", "devices"}}
+        Keys about a library that does not load are absent.
     """
     return {"cpu": _cpu_report(), "cuda": _cuda_report()}
 

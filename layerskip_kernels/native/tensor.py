@@ -1,7 +1,7 @@
 """torch tensor -> address, for tensors whose elements lie in plain memory of the right device.
 
-Every kernel call passes through here several times, so the checks take the cheapest attribute that answers the question;
-which one failed is worked out afterwards.
+Every kernel call passes through here several times, so the checks take the cheapest attribute that answers each
+question; which one failed is worked out afterwards.
 """
 
 from __future__ import annotations
