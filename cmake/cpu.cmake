@@ -2,6 +2,7 @@
 
 # One line per op. Each csrc/cpu/<op>.cpp is compiled for every variant.
 set(LAYERSKIP_CPU_OPS
+    exit_head
     rms_norm
     small_linear
     verify_rejection

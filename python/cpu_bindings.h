@@ -14,4 +14,4 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void bind_tokens(py::module_& module);  // verify_tokens, verify_rejection
+void bind_tokens(py::module_& module);  // exit_head, verify_tokens, verify_rejection

@@ -1,4 +1,4 @@
-// Bindings of the ops on tokens.
+// Bindings of the ops that choose tokens.
 #include <pybind11/stl.h>
 
 #include "cpu/ops.h"
@@ -44,9 +44,26 @@ void verify_rejection(const py::tuple& round, Address draft_probs, Strides draft
   lk::verify_rejection(args);
 }
 
+// sampling: temperature, seed, position, stream, top_k, top_p, min_p; empty: greedy.
+void exit_head(Address hidden, int64_t hidden_stride, Address norm_weight, float eps, Address lm_head,
+               int64_t lm_head_stride, Address bias, float logit_scale, float softcap, const std::vector<Address>& sampling,
+               Address logits_out, int64_t logits_stride, Address token, Address logprob, Address confidence, int64_t n,
+               int64_t c, int64_t v, int dtype, int num_threads) {
+  lk::SamplingArgs s{};
+  if (!sampling.empty())
+    s = {pointer<float>(sampling.at(0)),   pointer<int64_t>(sampling.at(1)), pointer<int64_t>(sampling.at(2)),
+         pointer<int64_t>(sampling.at(3)), pointer<int64_t>(sampling.at(4)), pointer<float>(sampling.at(5)),
+         pointer<float>(sampling.at(6))};
+  py::gil_scoped_release release;
+  lk::exit_head({pointer(hidden), hidden_stride, pointer(norm_weight), eps, pointer(lm_head), lm_head_stride, pointer(bias),
+                 logit_scale, softcap, s, pointer<float>(logits_out), logits_stride, pointer<int64_t>(token),
+                 pointer<float>(logprob), pointer<float>(confidence), n, c, v, lk::DType(dtype), num_threads});
+}
+
 }  // namespace
 
 void bind_tokens(py::module_& module) {
+  module.def("exit_head", &exit_head);
   module.def("verify_tokens", &verify_tokens);
   module.def("verify_rejection", &verify_rejection);
 }

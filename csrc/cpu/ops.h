@@ -1,14 +1,16 @@
 // Every native CPU op: one argument struct, one entry point per variant, and lk::<op>, which calls the active variant's.
 #pragma once
 
+#include "cpu/exit_head.h"
 #include "cpu/rms_norm.h"
 #include "cpu/small_linear.h"
 #include "cpu/verify_rejection.h"
 #include "cpu/verify_tokens.h"
 
-#define LK_CPU_OPS(OP)                    \
-  OP(rms_norm, RmsNormArgs)               \
-  OP(small_linear, SmallLinearArgs)       \
+#define LK_CPU_OPS(OP)                      \
+  OP(exit_head, ExitHeadArgs)               \
+  OP(rms_norm, RmsNormArgs)                 \
+  OP(small_linear, SmallLinearArgs)         \
   OP(verify_rejection, VerifyRejectionArgs) \
   OP(verify_tokens, VerifyTokensArgs)
 

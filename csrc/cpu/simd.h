@@ -10,6 +10,11 @@
 #include "common/dtypes.h"
 #include "cpu/variant.h"
 
+namespace lk {
+// split_exponent() takes a positive normal x apart: x = mantissa * 2^exponent, mantissa in [sqrt(1/2), sqrt(2)).
+constexpr int32_t kSqrtHalfBits = 0x3f3504f3;
+}  // namespace lk
+
 #if defined(LK_VARIANT_AVX512)
 #include "cpu/simd_avx512.h"
 #elif defined(LK_VARIANT_AVX2)
@@ -40,6 +45,48 @@ LK_INLINE vf exp(vf x) {
   p = fma(p, r, set1(1.0f));
   p = fma(p, r, set1(1.0f));
   return exp_fixup(x, p, n);
+}
+
+// log of a positive normal number, within 2 ulp: log1p(f) of the mantissa as f - f^2/2 + f^3 P(f), P a minimax fit.
+LK_INLINE vf log(vf x) {
+  vf exponent;
+  const vf f = sub(split_exponent(x, &exponent), set1(1));
+  vf p = set1(0.06746601f);
+  p = fma(p, f, set1(-0.11675641f));
+  p = fma(p, f, set1(0.11888175f));
+  p = fma(p, f, set1(-0.124055915f));
+  p = fma(p, f, set1(0.14219551f));
+  p = fma(p, f, set1(-0.16667996f));
+  p = fma(p, f, set1(0.20002119f));
+  p = fma(p, f, set1(-0.2500001f));
+  p = fma(p, f, set1(0.33333313f));
+  const vf square = mul(f, f);
+  vf y = mul(mul(p, f), square);
+  y = fma(exponent, set1(-2.12194440e-4f), y);
+  y = fma(square, set1(-0.5f), y);
+  return fma(exponent, set1(0.693359375f), add(f, y));
+}
+
+// tanh, within 3 ulp: x + x^3 P(x^2), P a minimax fit, near zero, and 1 - 2 / (exp(2 |x|) + 1) elsewhere.
+LK_INLINE vf tanh(vf x) {
+  constexpr float kNear = 0.625f;
+  const vf square = mul(x, x);
+  vf p = set1(0.002147537f);
+  p = fma(p, square, set1(-0.008182674f));
+  p = fma(p, square, set1(0.021702968f));
+  p = fma(p, square, set1(-0.053947203f));
+  p = fma(p, square, set1(0.1333321f));
+  p = fma(p, square, set1(-0.3333333f));
+  const vf small = fma(mul(x, square), p, x);
+  const vf magnitude = max(x, sub(zero(), x));
+  const vf large = sub(set1(1), div(set1(2), add(exp(add(magnitude, magnitude)), set1(1))));
+  float at[kWidth], of_small[kWidth], of_large[kWidth];
+  store(at, x);
+  store(of_small, small);
+  store(of_large, large);
+  for (int i = 0; i < kWidth; ++i)
+    of_large[i] = __builtin_fabsf(at[i]) < kNear ? of_small[i] : __builtin_copysignf(of_large[i], at[i]);
+  return load(of_large);
 }
 
 }  // namespace lk::LK_VARIANT

@@ -73,6 +73,16 @@ LK_INLINE vf exp_fixup(vf x, vf p, vf n) {
   return p;
 }
 
+LK_INLINE vf split_exponent(vf x, vf* exponent) {
+  for (int i = 0; i < kWidth; ++i) {
+    const uint32_t bits = float_bits(x[i]);
+    const int32_t e = int32_t(bits - kSqrtHalfBits) >> 23;
+    (*exponent)[i] = float(e);
+    x[i] = float_from_bits(bits - (uint32_t(e) << 23));
+  }
+  return x;
+}
+
 LK_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 }  // namespace lk::LK_VARIANT

@@ -6,7 +6,7 @@
 namespace lk {
 
 // Uses that may be alive at the same time in one thread.
-enum class Workspace : int { linear_x, linear_norm, count };
+enum class Workspace : int { linear_x, linear_norm, head_partials, head_logits, count };
 
 // At least `bytes` of 64-byte aligned memory, contents undefined, valid until the next call with the same `use`.
 // Throws std::bad_alloc.

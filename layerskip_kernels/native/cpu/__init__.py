@@ -42,12 +42,14 @@ def why_unsupported(op: str, *, device: torch.device, dtype: torch.dtype) -> str
 _TOKEN_OPS = ("verify_tokens", "verify_rejection")  # their dtypes are fixed, whatever the model's
 OPS = {}
 if cpu_library()[0] is not None:
+    from layerskip_kernels.native.cpu.exit_head import exit_head
     from layerskip_kernels.native.cpu.rms_norm import rms_norm
     from layerskip_kernels.native.cpu.small_linear import small_linear
     from layerskip_kernels.native.cpu.verify_rejection import verify_rejection
     from layerskip_kernels.native.cpu.verify_tokens import verify_tokens
 
     OPS = {
+        "exit_head": exit_head,
         "rms_norm": rms_norm,
         "small_linear": small_linear,
         "verify_rejection": verify_rejection,

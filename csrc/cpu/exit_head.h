@@ -1,0 +1,53 @@
+// exit_head: final norm, LM head and choice of the token.
+//
+//   normed   = rms_norm(hidden, norm_weight, eps)                            (bits of the op of that name)
+//   logits   = softcap * tanh(logit_scale * (normed . lm_head + bias) / softcap), float32
+//   greedy   token = argmax(logits), the lowest index among equals
+//   sampled  token = argmax(filtered(logits / temperature) + Gumbel noise); filters as in reference/exit_head.py
+//   logprob, confidence: log-probability of the token and largest probability of softmax(logits)
+//
+// NaN counts as -inf in the choice; logprob and confidence are NaN then. The dot products are summed like small_linear's,
+// the softmax over chunks of kHeadChunk tokens, merged in rising order.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtypes.h"
+
+namespace lk {
+
+constexpr int64_t kHeadChunk = 192;  // tokens; a task, a multiple of 4 and of every vector and tile
+
+// Null tensors switch a filter (or the stream) off.
+struct SamplingArgs {
+  const float* temperature;  // [n]; 0: the row is greedy. Null: every row is
+  const int64_t* seed;       // [n]
+  const int64_t* position;   // [n]
+  const int64_t* stream;     // [n]
+  const int64_t* top_k;      // [n]; 0: off
+  const float* top_p;        // [n]; 1: off
+  const float* min_p;        // [n]; 0: off
+};
+
+struct ExitHeadArgs {
+  const void* hidden;  // [n, c], rows hidden_stride elements apart
+  int64_t hidden_stride;
+  const void* norm_weight;  // [c]
+  float eps;
+  const void* lm_head;  // [v, c]
+  int64_t lm_head_stride;
+  const void* bias;  // [v] or null
+  float logit_scale;
+  float softcap;  // 0: no cap
+  SamplingArgs sampling;
+  float* logits_out;  // [n, v] or null
+  int64_t logits_stride;
+  int64_t* token;     // out [n]
+  float* logprob;     // out [n]
+  float* confidence;  // out [n]
+  int64_t n, c, v;
+  DType dtype;  // of hidden, norm_weight, lm_head, bias
+  int num_threads;
+};
+
+}  // namespace lk

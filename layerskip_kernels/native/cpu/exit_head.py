@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels.native import _cpu
+from layerskip_kernels.native.tensor import address, dtype_code
+from layerskip_kernels.ops.exit_head import ExitHead, Sampling
+
+
+def exit_head(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    lm_head: Tensor,
+    *,
+    eps: float,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    sampling: Sampling | None = None,
+    logits_out: Tensor | None = None,
+    out: ExitHead | None = None,
+) -> ExitHead:
+    """See layerskip_kernels.ops.exit_head."""
+    n, c = hidden.shape
+    if out is None:
+        out = ExitHead(
+            torch.empty(n, dtype=torch.int64),
+            torch.empty(n, dtype=torch.float32),
+            torch.empty(n, dtype=torch.float32),
+        )
+    fields = ()
+    if sampling is not None:
+        fields = tuple([0 if t is None else address(t, "sampling", "cpu") for t in sampling])
+    _cpu.exit_head(
+        address(hidden, "hidden", "cpu"),
+        hidden.stride(0),
+        address(norm_weight, "norm_weight", "cpu"),
+        eps,
+        address(lm_head, "lm_head", "cpu"),
+        lm_head.stride(0),
+        0 if bias is None else address(bias, "bias", "cpu"),
+        logit_scale,
+        softcap or 0.0,
+        fields,
+        0 if logits_out is None else address(logits_out, "logits_out", "cpu"),
+        0 if logits_out is None else logits_out.stride(0),
+        address(out.token, "out.token", "cpu"),
+        address(out.logprob, "out.logprob", "cpu"),
+        address(out.confidence, "out.confidence", "cpu"),
+        n,
+        c,
+        lm_head.shape[0],
+        dtype_code(hidden, "hidden"),
+        torch.get_num_threads(),
+    )
+    return out
