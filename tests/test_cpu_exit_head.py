@@ -27,7 +27,8 @@ def problem(rows, vocab, width, dtype, **filters):
         stream=torch.arange(rows),
         **{name: torch.full((rows,), value) for name, value in filters.items()},
     )
-    arguments = dict(hidden=inputs.randn(rows, width), norm_weight=inputs.norm(width), lm_head=inputs.weight(vocab, width))
+    hidden, norm_weight, lm_head = inputs.randn(rows, width), inputs.norm(width), inputs.weight(vocab, width)
+    arguments = dict(hidden=hidden, norm_weight=norm_weight, lm_head=lm_head)
     return arguments, dict(eps=1e-5, sampling=sampling)
 
 
@@ -81,7 +82,8 @@ def test_a_logit_does_not_depend_on_the_vocabulary_behind_it(vocab):
 def test_noise_is_the_references():
     """Zero weights leave the noise alone to decide, over every chunk and its edges."""
     rows, vocab = 64, 3 * CHUNK + 7
-    sampling = Sampling(torch.ones(rows), torch.arange(rows) - 9, torch.arange(rows) * 2**31, torch.arange(rows) * 2**34)
+    row = torch.arange(rows)
+    sampling = Sampling(torch.ones(rows), seed=row - 9, position=row * 2**31, stream=row * 2**34)
     hidden, norm_weight, lm_head = torch.ones(rows, 8), torch.ones(8), torch.zeros(vocab, 8)
     token = exit_head(hidden, norm_weight, lm_head, eps=1e-5, sampling=sampling).token
     noise = gumbel_noise(sampling.seed, sampling.stream, sampling.position, vocab)
@@ -102,7 +104,8 @@ def test_thresholds_on_ties_signed_zeros_and_infinities():
     weights = torch.tensor([0.0, -0.0, 3.0, 3.0, -2.0, 1.0, 1.0, 1.0, float("-inf"), float("nan"), -2.0, 3.0])
     rows = 400
     hidden, norm_weight, lm_head = torch.ones(rows, 1), torch.ones(1), weights[:, None]
-    base = dict(temperature=torch.full((rows,), 0.5), seed=torch.arange(rows), position=torch.zeros(rows, dtype=torch.int64))
+    row = torch.arange(rows)
+    base = dict(temperature=torch.full((rows,), 0.5), seed=row, position=row * 0)
     cases = [dict(top_k=torch.full((rows,), k)) for k in range(13)]
     cases += [dict(top_p=torch.full((rows,), p)) for p in (0.0, 1e-9, 0.2, 0.5, 0.9, 0.97, 0.999, 0.99999)]
     cases += [dict(min_p=torch.full((rows,), p)) for p in (1e-5, 0.001, 0.01, 0.5, 1.0, 1.5)]
