@@ -210,11 +210,16 @@ class Session:
             command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
         )
         os.close(slave)
-        self.master, self.output = master, ""
+        self.master, self.output, self.seen = master, "", 0
 
-    def wait_for(self, text: str, count: int = 1) -> None:
-        self._read(lambda: self.output.count(text) >= count)
-        assert self.output.count(text) >= count, self.output
+    def wait_for_prompt_after(self, text: str) -> None:
+        """What is typed before the prompt is there may be lost, as the line editor has not yet set up the terminal."""
+        self._read(lambda: "> " in self._after(text))
+        assert "> " in self._after(text), self.output
+        self.seen = len(self.output)
+
+    def _after(self, text: str) -> str:
+        return self.output[self.seen :].partition(text)[2]
 
     def send(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -237,13 +242,13 @@ class Session:
 def test_typed_prompts_keep_the_conversation_and_survive_an_error(checkpoint, tmp_path):
     options = ["--chat", "--streamer", "speculative", "--max_steps", "8", "--model_args", "max_length=50"]
     session = Session("--model", checkpoint, "--output_dir", str(tmp_path), *options)
-    session.wait_for("> ")
+    session.wait_for_prompt_after("Ctrl-D ends.")
     session.send("Hi\n")
-    session.wait_for("self_speculative", 1)
+    session.wait_for_prompt_after("written:")
     session.send("x" * 60 + "\n")
-    session.wait_for("max_length=50")
+    session.wait_for_prompt_after("max_length=50")
     session.send("\nYou\n")
-    session.wait_for("self_speculative", 2)
+    session.wait_for_prompt_after("written:")
     session.send("\x04")
     assert session.exit_code() == 0, session.output
     assert "\x1b7" in session.output and "\x1b8\x1b[J" in session.output  # drafts were shown and taken back
