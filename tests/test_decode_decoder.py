@@ -249,6 +249,12 @@ def test_backend_is_checked(model):
         lk.SelfSpeculativeDecoder.from_model(model, backend="cuda")
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cuda:x", "mps"])
+def test_device_is_checked(device):
+    with pytest.raises(ValueError, match=f"device='{device}'"):
+        lk.SelfSpeculativeDecoder.from_pretrained("anything", device=device)
+
+
 def test_a_round_reuses_its_buffers(decoder, monkeypatch):
     """The loop's own tensors: the same storage in every round, whatever was accepted."""
     from layerskip_kernels.decode import generate

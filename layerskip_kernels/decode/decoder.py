@@ -74,16 +74,15 @@ class SelfSpeculativeDecoder:
             max_length: prompt plus new tokens of a sequence, at most. None: as many as each call asks for.
 
         Raises:
-            ValueError, FileNotFoundError: unusable arguments or checkpoint, in one sentence.
+            ValueError, TypeError: unusable arguments or checkpoint, in one sentence.
+            ConnectionError, PermissionError: the hub has no such model or can't be reached; the model is gated.
             BackendUnavailable: the chosen backend can't run here.
         """
         from layerskip_kernels.models.loading import load_checkpoint
 
         registry.check_backend_name(backend)
-        if str(device) == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(
-            load_checkpoint(model, dtype=dtype, device=device),
+            load_checkpoint(model, dtype=dtype, device=_device(device)),
             exit_layer=exit_layer,
             num_speculations=num_speculations,
             backend=backend,
@@ -238,6 +237,17 @@ class SelfSpeculativeDecoder:
             self._cache = KVCache(self.config, slots, capacity, self.dtype, self.device)
             self.model.rope.reserve(capacity)
         return self._cache
+
+
+def _device(value: str | torch.device) -> torch.device:
+    if str(value) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = str(value).partition(":")
+    if kind not in ("cpu", "cuda") or not (index.isdecimal() or not index):
+        raise ValueError(f"device={str(value)!r}: choose auto, cpu, cuda or cuda:0, cuda:1, ...")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={str(value)!r}: torch finds {torch.cuda.device_count()} CUDA devices here")
+    return torch.device(value)
 
 
 def _exit_layer(value: int | None, config, default: int | None) -> int | None:

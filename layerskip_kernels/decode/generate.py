@@ -40,6 +40,7 @@ class Generation:
         self.exit_layer, self.drafts = exit_layer, drafts if self.speculative else 0
         self.last_layer = exit_layer if strategy == "early_exit" else model.config.num_layers
         self.eos_ids, self.stop, self.streamer = eos_ids, stop, streamer
+        self.show_draft = self._show_draft if hasattr(streamer, "put_draft") else None
         self.deterministic_prefill = deterministic_prefill
         self.stats = GenerationStats(drafted_at=[0] * self.drafts, accepted_at=[0] * self.drafts)
         rows = min(cache.slots, len(requests))
@@ -83,7 +84,7 @@ class Generation:
         longest = max(request.max_new_tokens - len(request.tokens) for request in self.batch.requests)
         r = self.buffers.round(min(self.drafts, longest - 1))
         if self.speculative:
-            self_speculative_round(self.model, self.cache, r, self.exit_layer, eos_ids)
+            self_speculative_round(self.model, self.cache, r, self.exit_layer, eos_ids, self.show_draft)
         else:
             plain_round(self.model, self.cache, r, self.last_layer, eos_ids)
         self._collect(r)
@@ -91,16 +92,18 @@ class Generation:
 
     def _collect(self, r: Round) -> None:
         """Hand the round's tokens to their requests; free the slots of those that ended."""
-        tokens, drafts = r.verified.tokens.tolist(), r.tokens[:, 1:].tolist()
+        tokens = r.verified.tokens.tolist()
         counts = zip(r.num_draft.tolist(), r.verified.num_emitted.tolist(), r.verified.num_accepted.tolist())
         logprobs = r.target_logprob.tolist()
         for row, (request, (num_draft, num_emitted, num_accepted)) in enumerate(zip(self.batch.requests, counts)):
             self.stats.count_round(num_draft, num_emitted, num_accepted)
-            if num_draft and hasattr(self.streamer, "put_draft"):
-                self.streamer.put_draft(torch.tensor(drafts[row][:num_draft]))
             self._emit(request, tokens[row][:num_emitted], logprobs[row][:num_emitted])
         for request in self.batch.drop_finished():
             self.free_slots.append(request.slot)
+
+    def _show_draft(self, r: Round) -> None:
+        if num_draft := r.num_draft.item():
+            self.streamer.put_draft(r.tokens[0, 1 : 1 + num_draft].clone())
 
     def _emit(self, request: Request, tokens: list[int], logprobs: list[float]) -> None:
         if any(logprob != logprob for logprob in logprobs):

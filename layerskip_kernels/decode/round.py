@@ -6,6 +6,8 @@ with up to K + 1 more tokens, the cache holding exactly the tokens before the ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from layerskip_kernels.decode.buffers import Round
@@ -13,10 +15,19 @@ from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.model import Model
 
 
-def self_speculative_round(model: Model, cache: KVCache, r: Round, exit_layer: int, eos_ids: torch.Tensor) -> None:
+def self_speculative_round(
+    model: Model,
+    cache: KVCache,
+    r: Round,
+    exit_layer: int,
+    eos_ids: torch.Tensor,
+    show_draft: Callable[[Round], None] | None = None,
+) -> None:
     """Draft with layers [0, exit_layer), verify with the rest, accept, roll back."""
     begin(model, r)
     draft(model, cache, r, exit_layer)
+    if show_draft is not None:
+        show_draft(r)
     verify(model, cache, r, exit_layer)
     accept(model, r, eos_ids)
     roll_back(model, cache, r)
