@@ -14,14 +14,19 @@ list(TRANSFORM LAYERSKIP_CPU_OPS APPEND .cpp)
 # Contracting a*b+c would let two instances of one template round differently. The kernels ask for FMA where they want it.
 set(LAYERSKIP_CPU_FLAGS -ffp-contract=off -Wall -Wextra)
 
-set(LAYERSKIP_CPU_VARIANTS scalar)
+set(LAYERSKIP_CPU_VARIANTS "auto" CACHE STRING "Instruction sets: auto, or a list out of scalar avx2 avx512 avx512_bf16")
 set(LAYERSKIP_FLAGS_scalar -Wno-psabi)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
-    list(APPEND LAYERSKIP_CPU_VARIANTS avx2 avx512 avx512_bf16)
+    set(variants scalar avx2 avx512 avx512_bf16)
     set(LAYERSKIP_FLAGS_avx2 -mavx2 -mfma -mf16c)
     # GCC 12 takes the undefined pass-through operands of its own AVX-512 intrinsics for mistakes.
     set(LAYERSKIP_FLAGS_avx512 ${LAYERSKIP_FLAGS_avx2} -Wno-maybe-uninitialized -Wno-uninitialized -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
     set(LAYERSKIP_FLAGS_avx512_bf16 ${LAYERSKIP_FLAGS_avx512} -mavx512bf16)
+else()
+    set(variants scalar)
+endif()
+if(NOT LAYERSKIP_CPU_VARIANTS STREQUAL "auto")
+    set(variants ${LAYERSKIP_CPU_VARIANTS})
 endif()
 
 add_library(layerskip_cpu STATIC
@@ -34,7 +39,7 @@ target_include_directories(layerskip_cpu PUBLIC csrc)
 target_compile_options(layerskip_cpu PRIVATE ${LAYERSKIP_CPU_FLAGS})
 target_link_libraries(layerskip_cpu PUBLIC Threads::Threads)
 
-foreach(variant IN LISTS LAYERSKIP_CPU_VARIANTS)
+foreach(variant IN LISTS variants)
     set(objects layerskip_cpu_${variant})
     add_library(${objects} OBJECT ${LAYERSKIP_CPU_OPS})
     target_include_directories(${objects} PRIVATE csrc)

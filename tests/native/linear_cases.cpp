@@ -1,0 +1,54 @@
+// rms_norm, small_linear, swiglu: each row of a batch, strided, against the row alone.
+#include "check.h"
+
+namespace {
+
+template <class T>
+void norm(int num_threads) {
+  for (int64_t c : {1, 7, 16, 83, 769, 5125}) {
+    const int64_t m = 5, stride = c + 3;
+    const auto x = random_buffer<T>(span(m, stride, c), 1), weight = random_buffer<T>(c, 2, 0.2f, 1);
+    const auto before = random_buffer<T>(span(m, stride, c), 3);
+    Buffer<T> residual(before), out(span(m, stride, c));
+    lk::rms_norm({x, stride, weight, residual, stride, out, stride, m, c, 1e-5f, dtype_of<T>, num_threads});
+    for (int64_t row = 0; row < m; ++row) {
+      Buffer<T> alone(c), alone_residual(c);
+      memcpy(alone_residual, before + row * stride, size_t(c) * sizeof(T));
+      lk::rms_norm({x + row * stride, c, weight, alone_residual, c, alone, c, 1, c, 1e-5f, dtype_of<T>, 1});
+      expect(same<T>(alone, out + row * stride, c), "rms_norm row", int(dtype_of<T>), m, c, row);
+      expect(same<T>(alone_residual, residual + row * stride, c), "rms_norm residual", int(dtype_of<T>), m, c, row);
+    }
+  }
+}
+
+template <class T>
+void linear(int num_threads) {
+  const int64_t shapes[][3] = {{1, 1, 1}, {7, 33, 83}, {5, 70, 769}, {66, 25, 40}, {3, 130, 64}};
+  for (const auto& [m, n, c] : shapes) {
+    const int64_t stride = c + 1, out_stride = n + 2;
+    const auto x = random_buffer<T>(span(m, stride, c), 4), w = random_buffer<T>(span(n, stride, c), 5, 0.2f);
+    const auto second = random_buffer<T>(3 * c, 6), bias = random_buffer<T>(n, 7), norm = random_buffer<T>(c, 8);
+    const auto residual = random_buffer<T>(span(m, out_stride, n), 9);
+    Buffer<T> y(span(m, out_stride, n)), z(m * 3), sums(residual);
+    const lk::LinearWeight weights[] = {{w, stride, n, bias, y, out_stride}, {second, c, 3, nullptr, z, 3}};
+    const lk::LinearWeight added = {w, stride, n, bias, sums, out_stride};
+    lk::small_linear({x, stride, m, c, weights, 2, norm, 1e-5f, nullptr, 0, dtype_of<T>, num_threads});
+    lk::small_linear({x, stride, m, c, &added, 1, nullptr, 0, sums, out_stride, dtype_of<T>, num_threads});
+    for (int64_t row = 0; row < m; ++row) {
+      Buffer<T> one(n), two(3), sum(n);
+      const lk::LinearWeight alone[] = {{w, stride, n, bias, one, n}, {second, c, 3, nullptr, two, 3}};
+      const lk::LinearWeight alone_added = {w, stride, n, bias, sum, n};
+      lk::small_linear({x + row * stride, c, 1, c, alone, 2, norm, 1e-5f, nullptr, 0, dtype_of<T>, 1});
+      lk::small_linear({x + row * stride, c, 1, c, &alone_added, 1, nullptr, 0, residual + row * out_stride, n,
+                        dtype_of<T>, 1});
+      expect(same<T>(one, y + row * out_stride, n) && same<T>(two, z + row * 3, 3), "small_linear row",
+             int(dtype_of<T>), m, n, c);
+      expect(same<T>(sum, sums + row * out_stride, n), "small_linear residual", int(dtype_of<T>), m, n, c);
+    }
+  }
+}
+
+}  // namespace
+
+void check_rms_norm(int num_threads) { FOR_EVERY_DTYPE(norm, num_threads); }
+void check_small_linear(int num_threads) { FOR_EVERY_DTYPE(linear, num_threads); }
