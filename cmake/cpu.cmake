@@ -2,9 +2,14 @@
 
 # One line per op. Each csrc/cpu/<op>.cpp is compiled for every variant.
 set(LAYERSKIP_CPU_OPS
+    decoder_stack
     exit_head
+    kv_rollback
     rms_norm
+    rope_append
     small_linear
+    swiglu
+    verify_attention
     verify_rejection
     verify_tokens
 )

@@ -17,7 +17,7 @@ function(layerskip_python_module name)
     target_link_options(${name} PRIVATE $<$<PLATFORM_ID:Linux>:-Wl,--exclude-libs,ALL> $<$<PLATFORM_ID:Linux>:-Wl,-s>)
 endfunction()
 
-layerskip_python_module(_cpu python/cpu_module.cpp python/cpu_tokens.cpp)
+layerskip_python_module(_cpu python/cpu_cache.cpp python/cpu_module.cpp python/cpu_tokens.cpp)
 target_link_libraries(_cpu PRIVATE layerskip_cpu)
 if(LAYERSKIP_CUDA)
     layerskip_python_module(_cuda python/cuda_module.cpp)

@@ -14,4 +14,5 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_cache(py::module_& module);  // rope_append, kv_rollback, verify_attention, decoder_stack
 void bind_tokens(py::module_& module);  // exit_head, verify_tokens, verify_rejection

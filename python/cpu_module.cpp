@@ -41,6 +41,13 @@ void small_linear(Address x, int64_t x_stride, int64_t m, int64_t c, const py::t
                     residual_stride, lk::DType(dtype), num_threads});
 }
 
+void swiglu(Address gate, int64_t gate_stride, Address up, int64_t up_stride, Address out, int64_t out_stride, int64_t m,
+            int64_t n, int dtype, int num_threads) {
+  py::gil_scoped_release release;
+  lk::swiglu({pointer(gate), gate_stride, pointer(up), up_stride, pointer(out), out_stride, m, n, lk::DType(dtype),
+              num_threads});
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = LK_BUILD_VERSION;
@@ -56,6 +63,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_cpu, module) {
   module.def("rms_norm", &rms_norm);
   module.def("small_linear", &small_linear);
+  module.def("swiglu", &swiglu);
+  bind_cache(module);
   bind_tokens(module);
 
   module.def("build_info", &build_info);

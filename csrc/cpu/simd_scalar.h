@@ -52,6 +52,9 @@ LK_INLINE float sum(vf x) {
   const float a = x[0] + x[4], b = x[1] + x[5], c = x[2] + x[6], d = x[3] + x[7];
   return (a + c) + (b + d);
 }
+LK_INLINE void sum4(vf a, vf b, vf c, vf d, float* sums) {
+  sums[0] = sum(a), sums[1] = sum(b), sums[2] = sum(c), sums[3] = sum(d);
+}
 LK_INLINE float larger(float a, float b) { return a > b ? a : b; }
 LK_INLINE float max_of(vf x) {
   const float a = larger(x[0], x[4]), b = larger(x[1], x[5]), c = larger(x[2], x[6]), d = larger(x[3], x[7]);

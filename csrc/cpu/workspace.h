@@ -6,7 +6,18 @@
 namespace lk {
 
 // Uses that may be alive at the same time in one thread.
-enum class Workspace : int { linear_x, linear_norm, head_partials, head_logits, count };
+enum class Workspace : int {
+  attention_blocks,
+  attention_partials,
+  decoder_stack,
+  head_logits,
+  head_partials,
+  kv_rollback,
+  linear_norm,
+  linear_x,
+  rope_table,
+  count
+};
 
 // At least `bytes` of 64-byte aligned memory, contents undefined, valid until the next call with the same `use`.
 // Throws std::bad_alloc.

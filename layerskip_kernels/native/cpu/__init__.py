@@ -42,16 +42,26 @@ def why_unsupported(op: str, *, device: torch.device, dtype: torch.dtype) -> str
 _TOKEN_OPS = ("verify_tokens", "verify_rejection")  # their dtypes are fixed, whatever the model's
 OPS = {}
 if cpu_library()[0] is not None:
+    from layerskip_kernels.native.cpu.decoder_stack import decoder_stack
     from layerskip_kernels.native.cpu.exit_head import exit_head
+    from layerskip_kernels.native.cpu.kv_rollback import kv_rollback
     from layerskip_kernels.native.cpu.rms_norm import rms_norm
+    from layerskip_kernels.native.cpu.rope_append import rope_append
     from layerskip_kernels.native.cpu.small_linear import small_linear
+    from layerskip_kernels.native.cpu.swiglu import swiglu
+    from layerskip_kernels.native.cpu.verify_attention import verify_attention
     from layerskip_kernels.native.cpu.verify_rejection import verify_rejection
     from layerskip_kernels.native.cpu.verify_tokens import verify_tokens
 
     OPS = {
+        "decoder_stack": decoder_stack,
         "exit_head": exit_head,
+        "kv_rollback": kv_rollback,
         "rms_norm": rms_norm,
+        "rope_append": rope_append,
         "small_linear": small_linear,
+        "swiglu": swiglu,
+        "verify_attention": verify_attention,
         "verify_rejection": verify_rejection,
         "verify_tokens": verify_tokens,
     }
