@@ -45,19 +45,27 @@ LK_INLINE void score_keys(Tile<T>& tile, const T* k, int64_t stride, int64_t d, 
       alignas(16) float pair[4];
       if (row % 2) continue;
       sum4(s[0][row], s[1][row], s[0][row + 1], s[1][row + 1], pair);
-      for (int i = 0; i < 4; ++i) tile.p[row + i / 2][j + i % 2] = pair[i];
+      memcpy(tile.p[row] + j, pair, 8);
+      memcpy(tile.p[row + 1] + j, pair + 2, 8);
     } else {
       for (int key = 0; key < kKeys; ++key) tile.p[row][j + key] = sum(s[key][row]);
     }
   }
 }
 
-// Scores of the keys [begin, end) of the chunk; k is its first row.
+// Scores of the keys [begin, end) of the chunk; k and v are its first rows. Unless v is null, the rows of V are on their way
+// meanwhile.
 template <class T, int kRows>
-LK_INLINE void score(Tile<T>& tile, const T* k, int64_t stride, int64_t d, int64_t begin, int64_t end) {
+LK_INLINE void score(Tile<T>& tile, const T* k, int64_t stride, const T* v, int64_t v_stride, int64_t d, int64_t begin,
+                     int64_t end) {
   constexpr int kKeys = kRows * 4 <= kRegisters ? 4 : 2;
+  constexpr int64_t kLine = 64 / sizeof(T);
   int64_t j = begin;
-  for (; j + kKeys <= end; j += kKeys) score_keys<T, kRows, kKeys>(tile, k + j * stride, stride, d, j);
+  for (; j + kKeys <= end; j += kKeys) {
+    for (int key = 0; key < kKeys && v; ++key)
+      for (int64_t c = 0; c < d; c += kLine) prefetch(v + (j + key) * v_stride + c);
+    score_keys<T, kRows, kKeys>(tile, k + j * stride, stride, d, j);
+  }
   for (; j < end; ++j) score_keys<T, kRows, 1>(tile, k + j * stride, stride, d, j);
 }
 

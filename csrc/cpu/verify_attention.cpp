@@ -84,7 +84,8 @@ void Call<T>::tile(const Block& block, int64_t chunk, int64_t first) const {
   const T* v = static_cast<const T*>(a.v_cache) + slot * a.v_cache_stride[0] + block.g * a.v_cache_stride[1] +
                base * a.v_cache_stride[2];
   const int64_t v_stride = a.v_cache_stride[2];
-  score<T, kRows>(tile, k, a.k_cache_stride[2], a.d, any.begin, any.end);
+  score<T, kRows>(tile, k, a.k_cache_stride[2], first == block.first ? v : nullptr, v_stride, a.d,
+                  any.begin, any.end);
 
   for (int i = 0; i < kRows; ++i) {
     float* result = partial(block, first + i, chunk);
