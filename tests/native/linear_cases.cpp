@@ -1,4 +1,4 @@
-// rms_norm, small_linear, swiglu: each row of a batch, strided, against the row alone.
+// rms_norm, small_linear: each row of a batch, strided, against the row alone.
 #include "check.h"
 
 namespace {
