@@ -125,7 +125,7 @@ def bind(device: torch.device, dtype: torch.dtype, backend: str | None = None) -
     `decoder_stack` is the backend's own when all ops come from one backend that has it, else the composition of the
     bound ops.
     """
-    from layerskip_kernels.ops.decoder_stack import compose
+    from layerskip_kernels.reference.decoder_stack import compose
 
     ops = SimpleNamespace(backends={})
     for op in OP_NAMES:

@@ -17,7 +17,7 @@ from layerskip_kernels.native.cpu.rope_append import rope_append
 from layerskip_kernels.native.cpu.swiglu import swiglu
 from layerskip_kernels.native.cpu.verify_attention import verify_attention
 from layerskip_kernels.ops import DecoderLayers
-from layerskip_kernels.ops.decoder_stack import compose
+from layerskip_kernels.reference.decoder_stack import compose
 
 VARIANTS = [name for name in _cpu.build_info()["variants"] if not _cpu.why_variant_unsupported(name)]
 

@@ -1,5 +1,7 @@
 """The decode loop on the native CPU backend: bit-exactness of speculation, and nothing allocated per round."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
@@ -62,6 +64,16 @@ def test_threads_change_no_bit():
             assert logits_of(decoder, PROMPTS, exit_layer=2, deterministic_prefill=True) == expected
     finally:
         torch.set_num_threads(threads)
+
+
+def test_decoders_in_several_threads_do_not_disturb_each_other():
+    decoders = [decoder_of(family) for family in ("llama3", "qwen3", "smollm2")]
+    options = dict(max_new_tokens=NEW, eos_token_id=[], exit_layer=2)
+    expected = [d.generate(PROMPTS, **options).sequences for d in decoders]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(5):
+            results = list(pool.map(lambda d: d.generate(PROMPTS, **options).sequences, decoders))
+            assert results == expected
 
 
 def test_sampling_changes_no_bit():

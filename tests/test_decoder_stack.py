@@ -29,7 +29,7 @@ from transformers import (
 
 from layerskip_kernels import registry
 from layerskip_kernels.ops import DecoderLayers, LayerWeights, decoder_stack
-from layerskip_kernels.ops.decoder_stack import compose
+from layerskip_kernels.reference.decoder_stack import compose
 
 OP = "decoder_stack"
 EPS = 1e-5

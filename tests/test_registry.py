@@ -6,7 +6,7 @@ import torch
 
 import layerskip_kernels as lk
 from layerskip_kernels import ops, registry
-from layerskip_kernels.ops.decoder_stack import compose
+from layerskip_kernels.reference.decoder_stack import compose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -9,7 +9,7 @@ from layerskip_kernels.models.config import ModelConfig
 from layerskip_kernels.models.rope import Rope
 from layerskip_kernels.models.weights import ModelWeights
 from layerskip_kernels.ops import DecoderLayers, ExitHead, Sampling
-from layerskip_kernels.ops.decoder_stack import compose
+from layerskip_kernels.reference.decoder_stack import compose
 
 
 class Model:

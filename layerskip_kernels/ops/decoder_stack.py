@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -62,7 +61,8 @@ def decoder_stack(
 ) -> None:
     """Run a range of Llama-style decoder layers over each sequence's window, appending its K/V to the cache.
 
-    Equals `compose`, the same layer written with this package's other ops, bit for bit on one backend.
+    Equals `compose` of `reference/decoder_stack.py`, the same layer written with this package's other ops, bit for
+    bit on one backend.
 
     Args:
         hidden: [B, T, C] float32, float16 or bfloat16: the residual stream, updated in place. Rows at and beyond
@@ -131,46 +131,6 @@ def decoder_stack(
         slot_ids=slot_ids,
         num_queries=num_queries,
     )
-
-
-def compose(
-    ops: SimpleNamespace,
-    hidden: torch.Tensor,
-    layers: DecoderLayers,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    *,
-    eps: float,
-    scale: float,
-    lengths: torch.Tensor,
-    positions: torch.Tensor,
-    inv_freq: torch.Tensor,
-    attention_factor: float = 1.0,
-    slot_ids: torch.Tensor | None = None,
-    num_queries: torch.Tensor | None = None,
-) -> None:
-    """`decoder_stack` out of the ops of `ops` (see `registry.bind`): the specification of a layer."""
-    batch, window, width = hidden.shape
-    x = hidden.reshape(batch * window, width)
-    for layer, keys, values in zip(layers, k_cache, v_cache):
-        dim = keys.shape[-1]
-        q, k, v = ops.small_linear(
-            x, [layer.q, layer.k, layer.v], bias=[layer.q_bias, layer.k_bias, layer.v_bias], norm=(layer.attn_norm, eps)
-        )
-        if layer.q_norm is not None:
-            q = ops.rms_norm(q.view(-1, dim), layer.q_norm, eps)
-            k = ops.rms_norm(k.view(-1, dim), layer.k_norm, eps)
-        q, k, v = (t.view(batch, window, -1, dim) for t in (q, k, v))
-        where = dict(lengths=lengths, slot_ids=slot_ids, num_queries=num_queries)
-        rope = (inv_freq, attention_factor) if layer.use_rope else (torch.zeros_like(inv_freq), 1.0)
-        ops.rope_append(q, k, v, keys, values, positions=positions, inv_freq=rope[0], attention_factor=rope[1], **where)
-        attended = ops.verify_attention(q, keys, values, scale=scale, sliding_window=layer.sliding_window, **where)
-        x = ops.small_linear(attended.view(batch * window, -1), layer.o, bias=layer.o_bias, residual=x)
-        gate, up = ops.small_linear(
-            x, [layer.gate, layer.up], bias=[layer.gate_bias, layer.up_bias], norm=(layer.mlp_norm, eps)
-        )
-        x = ops.small_linear(ops.swiglu(gate, up), layer.down, bias=layer.down_bias, residual=x)
-    hidden.copy_(x.view(batch, window, width))
 
 
 def _check_layers(layers: DecoderLayers, width: int, k_cache: torch.Tensor, like: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from layerskip_kernels.ops.decoder_stack import compose
+from layerskip_kernels.reference.decoder_stack import compose
 from layerskip_kernels.reference.exit_head import exit_head
 from layerskip_kernels.reference.kv_rollback import kv_rollback
 from layerskip_kernels.reference.rms_norm import rms_norm
