@@ -22,8 +22,8 @@ def loaded(model):
     return from_transformers(model)
 
 
-def decoder_of(model, **kwargs):
-    return lk.SelfSpeculativeDecoder.from_model(model, backend="reference", **kwargs)
+def decoder_of(model, backend="reference", **kwargs):
+    return lk.SelfSpeculativeDecoder.from_model(model, backend=backend, **kwargs)
 
 
 def greedy(model, prompt, new=NEW):
@@ -32,10 +32,11 @@ def greedy(model, prompt, new=NEW):
     return output[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("backend_name", ["reference", "cpu"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_transformers_greedy(family):
+def test_equals_transformers_greedy(family, backend_name):
     model = tiny_model(family)
-    decoder = decoder_of(model)
+    decoder = decoder_of(model, backend_name)
     expected = [greedy(model, prompt) for prompt in PROMPTS]
     for strategy, exit_layer, drafts in (
         ("autoregressive", None, None),
