@@ -3,13 +3,16 @@
 // Dot<T>::kChunk  elements per chunk
 // Dot<T>::X       element type of packed x; a packed row holds round_up(c, kChunk) of them, 64-byte aligned
 // Dot<T>::load    a chunk of T, whole or only its first n elements (the rest zero)
-// Dot<T>::pack    writes a loaded chunk as packed x
-// Dot<T>::add     sums + products of a loaded chunk with packed x, in one fixed order
+// Dot<T>::pack    writes a loaded chunk as packed x: kParts vectors
+// Dot<T>::part    one of these vectors, straight from T; part 1 is given part 0
+// Dot<T>::multiply_add  sums + products of one vector of weights and one of packed x
+// Dot<T>::add     sums + products of a loaded chunk with packed x: its parts in rising order
 #pragma once
 
 #include "cpu/simd.h"
 
 #define LK_MEMBER static inline __attribute__((always_inline))
+#define LK_UNROLL _Pragma("GCC unroll 8")
 
 namespace lk::LK_VARIANT {
 
@@ -38,32 +41,55 @@ LK_INLINE __m512i load_raw(const bf16* p, int64_t n) {
 }
 LK_INLINE Pair load_pair(const bf16* p) { return split(load_raw(p)); }
 LK_INLINE Pair load_pair(const bf16* p, int64_t n) { return split(load_raw(p, n)); }
+LK_INLINE vf load_first(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_raw(p), 16)); }
+LK_INLINE vf load_second(const bf16* p, vf) {
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(__mmask32(0xaaaaaaaa), p));
+}
 #elif defined(LK_VARIANT_AVX2)
 LK_INLINE Pair split(__m256i raw) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(raw, 16)),
           _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(int(0xffff0000))))};
 }
-LK_INLINE Pair load_pair(const bf16* p) { return split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+LK_INLINE __m256i load_raw(const bf16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+LK_INLINE Pair load_pair(const bf16* p) { return split(load_raw(p)); }
 LK_INLINE Pair load_pair(const bf16* p, int64_t n) {
   alignas(32) uint16_t part[16] = {};
   memcpy(part, p, size_t(n) * 2);
   return split(_mm256_load_si256(reinterpret_cast<const __m256i*>(part)));
 }
+// The low halves of `first` are zero: no register for a mask.
+LK_INLINE vf load_second(const bf16* p, vf first) {
+  return _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_castps_si256(first), load_raw(p), 0xaa));
+}
+LK_INLINE vf load_first(const bf16* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_raw(p), 16)); }
 #endif
+template <class T>
+LK_INLINE vf load_first(const T* p) { return load(p); }
+template <class T>
+LK_INLINE vf load_second(const T* p, vf) { return load(p + kWidth); }
 
 template <class T>
 struct Dot {
   static constexpr int64_t kChunk = 2 * kWidth;
+  static constexpr int kParts = 2;
   using X = float;
   using Chunk = Pair;
+  using Vector = vf;
   LK_MEMBER Chunk load(const T* p) { return load_pair(p); }
   LK_MEMBER Chunk load(const T* p, int64_t n) { return load_pair(p, n); }
   LK_MEMBER void pack(X* x, Chunk chunk) {
     store(x, chunk.a);
     store(x + kWidth, chunk.b);
   }
+  template <int kPart>
+  LK_MEMBER vf part(const T* p, vf first) {
+    if constexpr (kPart == 0) return load_first(p);
+    return load_second(p, first);
+  }
+  LK_MEMBER vf load_x(const X* x) { return lk::LK_VARIANT::load(x); }
+  LK_MEMBER vf multiply_add(vf sums, vf w, vf x) { return fma(w, x, sums); }
   LK_MEMBER vf add(vf sums, Chunk w, const X* x) {
-    return fma(w.b, lk::LK_VARIANT::load(x + kWidth), fma(w.a, lk::LK_VARIANT::load(x), sums));
+    return multiply_add(multiply_add(sums, w.a, load_x(x)), w.b, load_x(x + kWidth));
   }
 };
 
@@ -72,14 +98,20 @@ struct Dot {
 template <>
 struct Dot<bf16> {
   static constexpr int64_t kChunk = 2 * kWidth;
+  static constexpr int kParts = 1;
   using X = bf16;
   using Chunk = __m512i;
+  using Vector = __m512i;
   LK_MEMBER Chunk load(const bf16* p) { return load_raw(p); }
   LK_MEMBER Chunk load(const bf16* p, int64_t n) { return load_raw(p, n); }
   LK_MEMBER void pack(X* x, Chunk chunk) { _mm512_store_si512(x, chunk); }
-  LK_MEMBER vf add(vf sums, Chunk w, const X* x) {
-    return _mm512_dpbf16_ps(sums, (__m512bh)w, (__m512bh)_mm512_load_si512(x));
+  template <int>
+  LK_MEMBER __m512i part(const bf16* p, __m512i) { return load_raw(p); }
+  LK_MEMBER __m512i load_x(const X* x) { return _mm512_load_si512(x); }
+  LK_MEMBER vf multiply_add(vf sums, __m512i w, __m512i x) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)w, (__m512bh)x);
   }
+  LK_MEMBER vf add(vf sums, Chunk w, const X* x) { return multiply_add(sums, w, load_x(x)); }
 };
 #endif
 
@@ -96,29 +128,61 @@ LK_INLINE void pack_row(const T* x, int64_t c, typename Dot<T>::X* packed) {
   if (k < c) Dot<T>::pack(packed + k, Dot<T>::load(x + k, c - k));
 }
 
-// totals[j][i] = dot product of weight row j (rows w_stride elements apart) and packed row i (x_stride apart): for every
-// tile size one vector accumulator per product, chunks in rising order, and then sum(). So the tile can't change a bit.
-template <class T, int kRows, int kCols>
-LK_INLINE void dot_tile(const T* w, int64_t w_stride, const typename Dot<T>::X* x, int64_t x_stride, int64_t c,
-                        float (*totals)[kCols]) {
+// sums[j][i] += products of one part of a chunk. Rows + 1 registers besides the sums; x is loaded once for all rows.
+template <class T, int kPart, int kRows, int kCols>
+LK_INLINE void add_part(vf (&sums)[kRows][kCols], typename Dot<T>::Vector (&w)[kRows], const T* p, int64_t w_stride,
+                        const typename Dot<T>::X* x, int64_t x_stride) {
   using D = Dot<T>;
-  vf sums[kRows][kCols];
-  for (int j = 0; j < kRows; ++j)
-    for (int i = 0; i < kCols; ++i) sums[j][i] = zero();
-  int64_t k = 0;
-  for (; k + D::kChunk <= c; k += D::kChunk) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kRows; ++j) {
-      const typename D::Chunk chunk = D::load(w + j * w_stride + k);
-#pragma GCC unroll 8
-      for (int i = 0; i < kCols; ++i) sums[j][i] = D::add(sums[j][i], chunk, x + i * x_stride + k);
+  LK_UNROLL for (int j = 0; j < kRows; ++j) w[j] = D::template part<kPart>(p + j * w_stride, w[j]);
+  LK_UNROLL for (int i = 0; i < kCols; ++i) {
+    const typename D::Vector v = D::load_x(x + i * x_stride);
+    LK_UNROLL for (int j = 0; j < kRows; ++j) sums[j][i] = D::multiply_add(sums[j][i], w[j], v);
+  }
+}
+
+// The same for a whole chunk.
+template <class T, int kRows, int kCols>
+LK_INLINE void add_chunk(vf (&sums)[kRows][kCols], const T* p, int64_t w_stride, const typename Dot<T>::X* x,
+                         int64_t x_stride) {
+  using D = Dot<T>;
+  if constexpr (kCols > 2) {
+    typename D::Vector w[kRows];
+    add_part<T, 0>(sums, w, p, w_stride, x, x_stride);
+    if constexpr (D::kParts > 1) {
+      asm("" : "+r"(p));  // or else the compiler keeps what it has read in registers that it hasn't got
+      add_part<T, 1>(sums, w, p, w_stride, x + kWidth, x_stride);
+    }
+  } else {
+    LK_UNROLL for (int j = 0; j < kRows; ++j) {
+      const typename D::Chunk chunk = D::load(p + j * w_stride);
+      LK_UNROLL for (int i = 0; i < kCols; ++i) sums[j][i] = D::add(sums[j][i], chunk, x + i * x_stride);
     }
   }
-  if (k < c)
-    for (int j = 0; j < kRows; ++j) {
-      const typename D::Chunk chunk = D::load(w + j * w_stride + k, c - k);
-      for (int i = 0; i < kCols; ++i) sums[j][i] = D::add(sums[j][i], chunk, x + i * x_stride + k);
-    }
+}
+
+// totals[j][i] = dot product of weight row j (rows w_stride elements apart) and packed row i (x_stride apart): for every
+// tile size one vector accumulator per product, chunks in rising order, and then sum(). So the tile can't change a bit.
+// Meanwhile what lies `ahead` elements behind w is fetched into the second-level cache, `step` elements per chunk and
+// row; not for a single column, whose eight rows keep the memory busy as it is.
+template <class T, int kRows, int kCols>
+LK_INLINE void dot_tile(const T* w, int64_t w_stride, const typename Dot<T>::X* x, int64_t x_stride, int64_t c,
+                        int64_t ahead, int64_t step, float (*totals)[kCols]) {
+  using D = Dot<T>;
+  vf sums[kRows][kCols];
+  LK_UNROLL for (int j = 0; j < kRows; ++j)
+    LK_UNROLL for (int i = 0; i < kCols; ++i) sums[j][i] = zero();
+  int64_t k = 0;
+#pragma GCC unroll 1
+  for (; k + D::kChunk <= c; k += D::kChunk, ahead += step) {
+    if constexpr (kCols > 1)
+      LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(w + j * w_stride + ahead);
+    add_chunk(sums, w + k, w_stride, x + k, x_stride);
+  }
+  if (k < c) {
+    alignas(64) T last[kRows][D::kChunk] = {};
+    for (int j = 0; j < kRows; ++j) memcpy(last[j], w + j * w_stride + k, size_t(c - k) * sizeof(T));
+    add_chunk(sums, last[0], D::kChunk, x + k, x_stride);
+  }
   for (int j = 0; j < kRows; ++j)
     for (int i = 0; i < kCols; ++i) totals[j][i] = sum(sums[j][i]);
 }

@@ -92,5 +92,7 @@ LK_INLINE vf split_exponent(vf x, vf* exponent) {
 }
 
 LK_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Into the second-level cache only.
+LK_INLINE void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace lk::LK_VARIANT

@@ -87,5 +87,7 @@ LK_INLINE vf split_exponent(vf x, vf* exponent) {
 }
 
 LK_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+// Into the second-level cache only.
+LK_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace lk::LK_VARIANT

@@ -7,7 +7,8 @@
 namespace lk::LK_VARIANT {
 namespace {
 
-constexpr int64_t kBytesPerTask = 96 << 10;
+constexpr int64_t kLeastBytesPerTask = 96 << 10, kMostBytesPerTask = 384 << 10;
+constexpr int64_t kTasksPerThread = 8;  // when there is enough to do: so that nobody waits long for the last one
 
 // What the tasks of one pass share: packed rows [0, m) are rows [first, first + m) of the call.
 template <class T>
@@ -33,8 +34,14 @@ LK_INLINE void finish(const Pass<T>& pass, const LinearWeight& weight, int64_t r
 template <class T>
 void run_pass(const Pass<T>& pass) {
   const SmallLinearArgs& a = pass.args;
+  const int64_t row_bytes = (a.c + 1) * int64_t(sizeof(T));
+  int64_t rows = 0;
+  for (int64_t i = 0; i < a.num_weights; ++i) rows += a.weights[i].n;
+  int64_t bytes = rows * row_bytes / (kTasksPerThread * a.num_threads);
+  if (bytes > kMostBytesPerTask) bytes = kMostBytesPerTask;
+  if (bytes < kLeastBytesPerTask) bytes = kLeastBytesPerTask;
   // Whole tiles, so that only the last rows of a weight miss the full tile.
-  int64_t rows_per_task = kBytesPerTask / ((a.c + 1) * int64_t(sizeof(T))) / kTileRows * kTileRows;
+  int64_t rows_per_task = bytes / row_bytes / kTileRows * kTileRows;
   if (rows_per_task < kTileRows) rows_per_task = kTileRows;
   int64_t tasks = 0;
   for (int64_t i = 0; i < a.num_weights; ++i) tasks += (a.weights[i].n + rows_per_task - 1) / rows_per_task;
