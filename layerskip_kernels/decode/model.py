@@ -19,7 +19,8 @@ class Model:
         self.config, self.weights, self.ops = config, weights, ops
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.rope = Rope(config.rope, self.device)
-        self._prefill_ops = SimpleNamespace(**{**vars(ops), "small_linear": torch_linear(ops)})
+        linear = torch_linear(ops) if torch_is_faster(ops, self.device, self.dtype) else ops.small_linear
+        self._prefill_ops = SimpleNamespace(**{**vars(ops), "small_linear": linear})
         self._ranges: dict[tuple[int, int], DecoderLayers] = {}
 
     def embed(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
@@ -31,7 +32,7 @@ class Model:
     ) -> None:
         """Layers [first, last) on hidden [B, T, C], in place. `where`: see `ops.decoder_stack`.
 
-        `prefill`: the products go through torch, which is made for many rows.
+        `prefill`: the products go through torch where it is made for many rows.
         """
         arguments = (hidden, self._layers(first, last), cache.k[first:last], cache.v[first:last])
         constants = dict(
@@ -60,6 +61,17 @@ class Model:
         if (first, last) not in self._ranges:
             self._ranges[first, last] = DecoderLayers(self.weights.layers[first:last])
         return self._ranges[first, last]
+
+
+def torch_is_faster(ops: SimpleNamespace, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether prompts go through torch's product: not where its half-precision one is emulated (x86 before AVX-512)."""
+    if device.type != "cpu" or ops.backends["small_linear"] != "cpu":
+        return True
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype not in supported or supported[dtype]()
 
 
 def torch_linear(ops: SimpleNamespace):
