@@ -25,7 +25,7 @@ import torch
 
 log = logging.getLogger("layerskip_kernels")
 
-OP_NAMES = (
+DECODE_OPS = (  # what a decoder binds
     "rms_norm",
     "small_linear",
     "swiglu",
@@ -37,6 +37,7 @@ OP_NAMES = (
     "kv_rollback",
     "decoder_stack",
 )
+OP_NAMES = (*DECODE_OPS, "early_exit_cross_entropy")
 _MODULES = {
     "cuda": "layerskip_kernels.native.cuda",
     "triton": "layerskip_kernels.triton",
@@ -120,7 +121,7 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str | No
 
 
 def bind(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> SimpleNamespace:
-    """Every op resolved once, as attributes, for the life of a decoder; `.backends` says which backend each one got.
+    """Decoding's ops resolved once, as attributes, for the life of a decoder; `.backends` says which backend each got.
 
     `decoder_stack` is the backend's own when all ops come from one backend that has it, else the composition of the
     bound ops.
@@ -128,7 +129,7 @@ def bind(device: torch.device, dtype: torch.dtype, backend: str | None = None) -
     from layerskip_kernels.reference.decoder_stack import compose
 
     ops = SimpleNamespace(backends={})
-    for op in OP_NAMES:
+    for op in DECODE_OPS:
         if op != "decoder_stack":
             name = ops.backends[op] = select(op, device, dtype, backend)
             setattr(ops, op, _backend(name).OPS[op])

@@ -119,6 +119,15 @@ def decoder_stack(i):
     yield arguments, dict(**where, **more)
 
 
+def early_exit_cross_entropy(i):
+    hiddens, head = [i.randn(4, C).requires_grad_() for _ in range(2)], i.weight(V, C).requires_grad_()
+    targets = torch.tensor([3, -100, 0, 49])
+    yield (hiddens, head, targets, [0.25, 0.75]), {}
+    more = dict(num_items=torch.tensor(6), logit_scale=2.0, softcap=5.0, chunk_size=4, ignore_index=3)
+    yield ([h.detach() for h in hiddens], head, i.ids(V, 4), [1, 2]), dict(**more, distill_weight=0.5)
+    yield (hiddens, head.detach(), targets, [1, 0]), dict(num_items=7, distill_weight=1.0, distill_temperature=2.0)
+
+
 CASES = [(op, number) for op in OP_NAMES for number, _ in enumerate(globals()[op](Inputs("cpu")))]
 every_case = pytest.mark.parametrize(("op", "number"), CASES, ids=[f"{op}-{number}" for op, number in CASES])
 
@@ -217,6 +226,7 @@ def test_compiled_graph_breaks_on_nothing_across_ops():
 def test_bad_arguments_under_compile(op):
     """The checks run while tracing too."""
     args, kwargs = next(globals()[op](Inputs("cpu")))
+    bad = [t[None] for t in args[0]] if isinstance(args[0], list) else args[0][None]
     compiled = torch.compile(lambda *a, **k: getattr(ops, op)(*a, **k), backend="eager")
     with pytest.raises(ValueError, match="shape"):
-        compiled(args[0][None], *args[1:], **kwargs)
+        compiled(bad, *args[1:], **kwargs)

@@ -207,14 +207,15 @@ def test_unknown_names_list_the_choices(monkeypatch):
 def test_bind_resolves_every_op_once(install):
     install(cpu=Fake("cpu"))
     bound = registry.bind(CPU, torch.float32)
-    assert bound.backends == dict.fromkeys(registry.OP_NAMES, "cpu")
+    assert bound.backends == dict.fromkeys(registry.DECODE_OPS, "cpu")
     install(triton=Fake("triton"))
-    for op in registry.OP_NAMES:
+    for op in registry.DECODE_OPS:
         assert getattr(bound, op)() == "cpu"
+    assert not hasattr(bound, "early_exit_cross_entropy")
 
 
 def test_bind_composes_where_the_backend_has_no_decoder_stack(install):
-    without = [op for op in registry.OP_NAMES if op != "decoder_stack"]
+    without = [op for op in registry.DECODE_OPS if op != "decoder_stack"]
     install(cpu=Fake("cpu", op_names=without))
     bound = registry.bind(CPU, torch.float32)
     assert bound.backends["decoder_stack"] == "composed"

@@ -132,14 +132,14 @@ def _choices(torch: Any, devices: list[Any]) -> list[tuple[str, ...]]:
 
 
 def _auto(device: Any, dtype: Any) -> dict[str, str]:
-    """What `registry.bind` gives a decoder, without its warnings."""
-    from layerskip_kernels.registry import _AUTO, OP_NAMES, why_not
+    """What serves each op: for decoding's, what `registry.bind` gives a decoder, without its warnings."""
+    from layerskip_kernels.registry import _AUTO, DECODE_OPS, OP_NAMES, why_not
 
     picks = {
         op: next((name for name in _AUTO.get(device.type, ()) if why_not(name, op, device, dtype) is None), "reference")
         for op in OP_NAMES
     }
-    if len(set(picks.values())) > 1:
+    if len({picks[op] for op in DECODE_OPS}) > 1:
         picks["decoder_stack"] = "composed of the ops above"
     return picks
 

@@ -1,6 +1,7 @@
 """The ops: arguments checked, one call. `ops/<op>.py` documents, `reference/<op>.py` specifies."""
 
 from layerskip_kernels.ops.decoder_stack import DecoderLayers, LayerWeights, decoder_stack
+from layerskip_kernels.ops.early_exit_cross_entropy import EarlyExitLoss, early_exit_cross_entropy
 from layerskip_kernels.ops.exit_head import ExitHead, Sampling, exit_head
 from layerskip_kernels.ops.kv_rollback import kv_rollback
 from layerskip_kernels.ops.rms_norm import rms_norm
@@ -13,11 +14,13 @@ from layerskip_kernels.ops.verify_tokens import Verified, verify_tokens
 
 __all__ = [
     "DecoderLayers",
+    "EarlyExitLoss",
     "ExitHead",
     "LayerWeights",
     "Sampling",
     "Verified",
     "decoder_stack",
+    "early_exit_cross_entropy",
     "exit_head",
     "kv_rollback",
     "rms_norm",

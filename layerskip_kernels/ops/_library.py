@@ -12,12 +12,22 @@ import torch
 _LIBRARY = torch.library.Library("layerskip_kernels", "DEF")
 
 
-def register(schema: str, kernel: Callable, fake: Callable) -> None:
-    """Define `layerskip_kernels::<schema>`, run by `kernel`, traced by `fake` (shapes and dtypes only)."""
+def register(
+    schema: str, kernel: Callable, fake: Callable, *, autograd: tuple[Callable, Callable] | None = None
+) -> None:
+    """Define `layerskip_kernels::<schema>`, run by `kernel`, traced by `fake` (shapes and dtypes only).
+
+    `autograd`: (setup_context, backward) of an op that can be differentiated.
+    """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"layerskip_kernels::{name}", fake, lib=_LIBRARY)
+    if autograd:
+        setup_context, backward = autograd
+        torch.library.register_autograd(
+            f"layerskip_kernels::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
 
 
 def into(out, result):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from layerskip_kernels.reference.decoder_stack import compose
+from layerskip_kernels.reference.early_exit_cross_entropy import early_exit_cross_entropy
 from layerskip_kernels.reference.exit_head import exit_head
 from layerskip_kernels.reference.kv_rollback import kv_rollback
 from layerskip_kernels.reference.rms_norm import rms_norm
@@ -30,6 +31,7 @@ OPS = {
         verify_tokens,
         verify_rejection,
         kv_rollback,
+        early_exit_cross_entropy,
     )
 }
 OPS["decoder_stack"] = functools.partial(compose, SimpleNamespace(**OPS))

@@ -34,15 +34,19 @@ def why_unsupported(op: str, *, device: torch.device, dtype: torch.dtype) -> str
         return f"it takes cpu tensors, not {device.type}"
     if op in _TOKEN_OPS:
         return None
+    if op in _TORCH_OPS and dtype == torch.float64:
+        return None
     if dtype is not None and dtype not in FLOAT_DTYPES:
         return f"it takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
 
 
 _TOKEN_OPS = ("verify_tokens", "verify_rejection")  # their dtypes are fixed, whatever the model's
+_TORCH_OPS = ("early_exit_cross_entropy",)  # made of torch's matrix products, which know float64
 OPS = {}
 if cpu_library()[0] is not None:
     from layerskip_kernels.native.cpu.decoder_stack import decoder_stack
+    from layerskip_kernels.native.cpu.early_exit_cross_entropy import early_exit_cross_entropy
     from layerskip_kernels.native.cpu.exit_head import exit_head
     from layerskip_kernels.native.cpu.kv_rollback import kv_rollback
     from layerskip_kernels.native.cpu.rms_norm import rms_norm
@@ -55,6 +59,7 @@ if cpu_library()[0] is not None:
 
     OPS = {
         "decoder_stack": decoder_stack,
+        "early_exit_cross_entropy": early_exit_cross_entropy,
         "exit_head": exit_head,
         "kv_rollback": kv_rollback,
         "rms_norm": rms_norm,
