@@ -1,0 +1,139 @@
+"""The recipe as a `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from layerskip_kernels.training.curriculum import CURRICULA, enabled_exits
+from layerskip_kernels.training.early_exit_loss import early_exit_loss, exit_weights
+from layerskip_kernels.training.layer_dropout import TIME_SCHEDULES, LayerDropout
+from layerskip_kernels.training.parts import model_parts
+
+
+@dataclass
+class LayerSkipArguments(TrainingArguments):
+    """`transformers.TrainingArguments` and the recipe's options; `RECIPES[name].arguments()` are published ones."""
+
+    layer_dropout: float = field(default=0.1, metadata={"help": "p_max of layer dropout, 0..1; 0: none"})
+    layer_dropout_schedule: str = field(
+        default="constant", metadata={"help": "constant (continual training) or exponential (from scratch)"}
+    )
+    e_scale: float = field(default=0.1, metadata={"help": "weight of the early exits beside the last layer, >= 0"})
+    curriculum: str = field(default="rotational", metadata={"help": "all, rotational or gradual"})
+    curriculum_interval: int = field(default=8, metadata={"help": "R of the rotational curriculum, 1..L"})
+    curriculum_include_last: bool = field(
+        default=True, metadata={"help": "the rotational curriculum trains the last layer at every step"}
+    )
+    distill_weight: float = field(default=0.0, metadata={"help": "weight of KL(last layer, exit); 0: none"})
+    distill_temperature: float = field(default=1.0, metadata={"help": "temperature of both distributions, > 0"})
+    loss_chunk_size: int | None = field(default=None, metadata={"help": "rows of logits in memory at once"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.layer_dropout <= 1:
+            raise ValueError(f"layer_dropout={self.layer_dropout}: choose 0..1")
+        if self.layer_dropout_schedule not in TIME_SCHEDULES:
+            raise ValueError(
+                f"layer_dropout_schedule={self.layer_dropout_schedule!r}: choose {', '.join(TIME_SCHEDULES)}"
+            )
+        if self.curriculum not in CURRICULA:
+            raise ValueError(f"curriculum={self.curriculum!r}: choose {', '.join(CURRICULA)}")
+        if not self.distill_weight >= 0:
+            raise ValueError(f"distill_weight={self.distill_weight}: must be >= 0")
+        if not self.distill_temperature > 0:
+            raise ValueError(f"distill_temperature={self.distill_temperature}: must be > 0")
+        exit_weights(2, self.e_scale)
+        if self.layer_dropout and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # a layer that drops a rank's whole batch has no gradient there
+
+
+class LayerSkipTrainer(Trainer):
+    """`transformers.Trainer` with layer dropout and the early-exit loss; takes `LayerSkipArguments`.
+
+    Training logs `exit_<E>_loss` beside `loss`: the cross entropy after the first E layers, a mean over the tokens
+    since the last log on which that exit was enabled. Evaluation is the model's own, without dropout and early exits.
+
+    Raises ValueError for a model the recipe does not support, or several GPUs in one process (use torchrun).
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, LayerSkipArguments):
+            raise TypeError(f"args: expected LayerSkipArguments, got {type(self.args).__name__}")
+        if self.args.n_gpu > 1:
+            raise ValueError(f"{self.args.n_gpu} GPUs in one process: start one process per GPU with torchrun")
+        num_layers = len(model_parts(self.model).layers)
+        if self.args.curriculum == "rotational" and not 1 <= self.args.curriculum_interval <= num_layers:
+            raise ValueError(
+                f"curriculum_interval={self.args.curriculum_interval}: the model has {num_layers} layers, "
+                f"choose 1..{num_layers}"
+            )
+        self._dropout: LayerDropout | None = None
+        self._sums = torch.zeros(2, num_layers, dtype=torch.float64)  # loss and tokens by layer since the last log
+
+    def train(self, *args, **kwargs):
+        dropout = LayerDropout(
+            self.model,
+            self.args.layer_dropout,
+            schedule=self.args.layer_dropout_schedule,
+            seed=self.args.seed,
+            rank=self.args.process_index,
+        )
+        with dropout:
+            self._dropout = dropout
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self._dropout = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._dropout is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        step, args = self.state.global_step, self.args
+        if self._dropout.step != step or self._dropout.total_steps != self.state.max_steps:
+            self._dropout.total_steps = self.state.max_steps
+            self._dropout.set_step(step)
+        layers = enabled_exits(
+            args.curriculum,
+            step,
+            self._sums.shape[1],
+            self.state.max_steps,
+            interval=args.curriculum_interval,
+            include_last=args.curriculum_include_last,
+        )
+        output = early_exit_loss(
+            model,
+            inputs,
+            layers=layers,
+            e_scale=args.e_scale,
+            num_items=num_items_in_batch,
+            distill_weight=args.distill_weight,
+            distill_temperature=args.distill_temperature,
+            chunk_size=args.loss_chunk_size,
+        )
+        self._record(output, inputs, num_items_in_batch)
+        loss = output.loss
+        if num_items_in_batch is not None and args.average_tokens_across_devices:
+            # The divisor counts the tokens of all processes, and the gradients will be averaged over them.
+            loss = loss * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def _record(self, output, inputs, num_items):
+        targets = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
+        tokens = (targets != -100).sum()
+        layers = list(output.layers)
+        self._sums = self._sums.to(tokens.device)
+        self._sums[0, layers] += output.exit_losses.double() * (tokens if num_items is None else num_items)
+        self._sums[1, layers] += tokens
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            sums = self.accelerator.reduce(self._sums).tolist()
+            self._sums.zero_()
+            for layer, (loss, tokens) in enumerate(zip(*sums)):
+                if tokens:
+                    logs[f"exit_{layer + 1}_loss"] = loss / tokens
+        super().log(logs, start_time)
