@@ -163,7 +163,7 @@ LK_INLINE void add_chunk(vf (&sums)[kRows][kCols], const T* p, int64_t w_stride,
 // totals[j][i] = dot product of weight row j (rows w_stride elements apart) and packed row i (x_stride apart): for every
 // tile size one vector accumulator per product, chunks in rising order, and then sum(). So the tile can't change a bit.
 // Meanwhile what lies `ahead` elements behind w is fetched into the second-level cache, `step` elements per chunk and
-// row; not for a single column, whose eight rows keep the memory busy as it is.
+// row.
 template <class T, int kRows, int kCols>
 LK_INLINE void dot_tile(const T* w, int64_t w_stride, const typename Dot<T>::X* x, int64_t x_stride, int64_t c,
                         int64_t ahead, int64_t step, float (*totals)[kCols]) {
@@ -174,8 +174,7 @@ LK_INLINE void dot_tile(const T* w, int64_t w_stride, const typename Dot<T>::X* 
   int64_t k = 0;
 #pragma GCC unroll 1
   for (; k + D::kChunk <= c; k += D::kChunk, ahead += step) {
-    if constexpr (kCols > 1)
-      LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(w + j * w_stride + ahead);
+    LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(w + j * w_stride + ahead);
     add_chunk(sums, w + k, w_stride, x + k, x_stride);
   }
   if (k < c) {
