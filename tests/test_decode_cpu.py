@@ -115,6 +115,6 @@ def test_no_tensor_is_allocated_per_round(monkeypatch, strategy, sample):
 
     monkeypatch.setattr(generate, name, counted)
     decoder.generate(
-        PROMPTS[:2], max_new_tokens=12, eos_token_id=[], generation_strategy=strategy, sample=sample, num_speculations=3
+        PROMPTS[:2], max_new_tokens=24, eos_token_id=[], generation_strategy=strategy, sample=sample, num_speculations=3
     )
-    assert len(rounds) > 3 and not any(rounds[1:]), rounds[1]
+    assert len(rounds) > 5 and not any(rounds[1:]), rounds  # at most 4 tokens a round
