@@ -8,6 +8,7 @@ from layerskip_kernels import __version__
 from layerskip_kernels.cli.doctor import doctor
 from layerskip_kernels.cli.errors import INTERRUPTED
 from layerskip_kernels.cli.generate import generate
+from layerskip_kernels.cli.train import train
 
 
 class Commands(click.Group):
@@ -32,6 +33,7 @@ def app(debug: bool) -> None:
 
 
 app.add_command(generate)
+app.add_command(train)
 app.add_command(doctor)
 
 

@@ -28,13 +28,19 @@ def exit_weights(num_layers: int, e_scale: float) -> list[float]:
     return [e_scale * s for s in sums[:-1]] + [num_layers - 1 + e_scale * sums[num_layers - 2] * (num_layers > 1)]
 
 
-def normalised_weights(layers: Sequence[int], num_layers: int, e_scale: float) -> dict[int, float]:
+def normalised_weights(
+    layers: Sequence[int], num_layers: int, e_scale: float, focus: int | None = None, focus_weight: float = 0.0
+) -> dict[int, float]:
     """Weight by enabled layer, summing to 1. Layers of weight 0 are left out, they would cost and teach nothing;
-    where no other is enabled, the last layer is trained."""
+    where no other is enabled, the last layer is trained. Layer `focus` has `focus_weight` whatever else is enabled."""
     weights = exit_weights(num_layers, e_scale)
-    chosen = {layer: weights[layer] for layer in sorted(layers) if weights[layer]} or {num_layers - 1: 1.0}
-    total = sum(chosen.values())
-    return {layer: weight / total for layer, weight in chosen.items()}
+    chosen = {layer: weights[layer] for layer in layers if weights[layer] and layer != focus}
+    chosen = chosen or {num_layers - 1: 1.0}
+    share = (1 - focus_weight) / sum(chosen.values())
+    chosen = {layer: weight * share for layer, weight in chosen.items()}
+    if focus is not None and focus_weight:
+        chosen[focus] = focus_weight
+    return dict(sorted(chosen.items()))
 
 
 def early_exit_loss(
@@ -47,6 +53,8 @@ def early_exit_loss(
     distill_weight: float = 0.0,
     distill_temperature: float = 1.0,
     chunk_size: int | None = None,
+    focus: int | None = None,
+    focus_weight: float = 0.0,
 ) -> EarlyExitOutput:
     """Runs `model` once and returns the weighted loss of its exits.
 
@@ -59,13 +67,20 @@ def early_exit_loss(
         num_items: divisor of the sum over tokens; None: the number of targets of this call.
         distill_weight, distill_temperature, chunk_size: of `ops.early_exit_cross_entropy`. The teacher is the last
             layer, which distillation therefore adds to `layers`.
+        focus, focus_weight: a layer below L-1 that is trained too, with this share of the loss, in [0, 1). Not in the
+            paper, whose weights leave little to exits this low.
     """
     parts = model_parts(model)
     count = len(parts.layers)
     for layer in layers:
         if not 0 <= layer < count:
             raise ValueError(f"layers: {layer} is not a layer of the model, choose 0..{count - 1}")
-    weights = normalised_weights({*layers, count - 1} if distill_weight else layers, count, e_scale)
+    if focus is not None and not 0 <= focus < count - 1:
+        raise ValueError(f"focus={focus}: the model has {count} layers, choose 0..{count - 2}")
+    if not 0 <= focus_weight < 1:
+        raise ValueError(f"focus_weight={focus_weight}: choose 0 or more, below 1")
+    layers = {*layers, count - 1} if distill_weight else layers
+    weights = normalised_weights(layers, count, e_scale, focus, focus_weight)
     inputs = dict(inputs)
     labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
     if shifted is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from layerskip_kernels.training.curriculum import CURRICULA, enabled_exits
 from layerskip_kernels.training.early_exit_loss import early_exit_loss, exit_weights
@@ -29,6 +32,8 @@ class LayerSkipArguments(TrainingArguments):
     )
     distill_weight: float = field(default=0.0, metadata={"help": "weight of KL(last layer, exit); 0: none"})
     distill_temperature: float = field(default=1.0, metadata={"help": "temperature of both distributions, > 0"})
+    focus_exit: int = field(default=0, metadata={"help": "exit E trained at every step, 1..L-1; 0: none"})
+    focus_weight: float = field(default=0.25, metadata={"help": "share of the loss that focus_exit has, 0..1"})
     loss_chunk_size: int | None = field(default=None, metadata={"help": "rows of logits in memory at once"})
 
     def __post_init__(self):
@@ -45,6 +50,8 @@ class LayerSkipArguments(TrainingArguments):
             raise ValueError(f"distill_weight={self.distill_weight}: must be >= 0")
         if not self.distill_temperature > 0:
             raise ValueError(f"distill_temperature={self.distill_temperature}: must be > 0")
+        if not 0 <= self.focus_weight < 1:
+            raise ValueError(f"focus_weight={self.focus_weight}: choose 0 or more, below 1")
         exit_weights(2, self.e_scale)
         if self.layer_dropout and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # a layer that drops a rank's whole batch has no gradient there
@@ -55,6 +62,7 @@ class LayerSkipTrainer(Trainer):
 
     Training logs `exit_<E>_loss` beside `loss`: the cross entropy after the first E layers, a mean over the tokens
     since the last log on which that exit was enabled. Evaluation is the model's own, without dropout and early exits.
+    Checkpoints appear whole or not at all: they are written to the folder `partial` and moved when they are complete.
 
     Raises ValueError for a model the recipe does not support, or several GPUs in one process (use torchrun).
     """
@@ -71,7 +79,13 @@ class LayerSkipTrainer(Trainer):
                 f"curriculum_interval={self.args.curriculum_interval}: the model has {num_layers} layers, "
                 f"choose 1..{num_layers}"
             )
+        if not 0 <= self.args.focus_exit < num_layers:
+            raise ValueError(
+                f"focus_exit={self.args.focus_exit}: the model has {num_layers} layers, choose 1..{num_layers - 1}, "
+                "or 0 for none"
+            )
         self._dropout: LayerDropout | None = None
+        self._saving = False
         self._sums = torch.zeros(2, num_layers, dtype=torch.float64)  # loss and tokens by layer since the last log
 
     def train(self, *args, **kwargs):
@@ -113,6 +127,8 @@ class LayerSkipTrainer(Trainer):
             distill_weight=args.distill_weight,
             distill_temperature=args.distill_temperature,
             chunk_size=args.loss_chunk_size,
+            focus=args.focus_exit - 1 if args.focus_exit else None,
+            focus_weight=args.focus_weight if args.focus_exit else 0.0,
         )
         self._record(output, inputs, num_items_in_batch)
         loss = output.loss
@@ -137,3 +153,32 @@ class LayerSkipTrainer(Trainer):
                 if tokens:
                     logs[f"exit_{layer + 1}_loss"] = loss / tokens
         super().log(logs, start_time)
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, "partial")) if self._saving else folder
+
+    def _save_checkpoint(self, model, trial):
+        final, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(final / "partial", ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(final / name, ignore_errors=True)
+            (final / "partial" / name).rename(final / name)
+            (final / "partial").rmdir()
+            best = final / f"checkpoint-{self.state.best_global_step}"
+            if self.state.best_global_step and best.exists():
+                self.state.best_model_checkpoint = str(best)
+            rotate_checkpoints(
+                str(final),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
