@@ -1,0 +1,57 @@
+"""What every launcher needs: the interpreter, checked tensors, the device guard, the compiler options."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from layerskip_kernels.native.tensor import address
+
+INTERPRETED = knobs.runtime.interpret  # read where kernels are decorated, so fixed from here on
+DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"
+WIDE_BYTES = 16  # of the widest load
+# Products and sums are rounded as written; what shall be fused says tl.fma. Triton's default differs between versions.
+EXACT = {"enable_fp_fusion": False}
+
+_NO_GUARD = contextlib.nullcontext()
+
+
+def check(**tensors: Tensor | None) -> None:
+    """TypeError or ValueError for what has no plain memory on this backend's device, or carries a gradient."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            address(tensor, name, DEVICE_TYPE)
+
+
+def guard(tensor: Tensor):
+    """Context in which kernels launch on the device of `tensor`."""
+    if INTERPRETED or tensor.get_device() == torch.cuda.current_device():
+        return _NO_GUARD
+    return torch.cuda.device(tensor.device)
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether every row (last dimension) of every tensor starts at a multiple of WIDE_BYTES.
+
+    Pass the answer to kernels as a constexpr, and let no sum's order depend on it.
+    """
+    for tensor in tensors:
+        if tensor is not None:
+            size = tensor.element_size()
+            if tensor.data_ptr() % WIDE_BYTES or any(s * size % WIDE_BYTES for s in tensor.stride()[:-1]):
+                return False
+    return True
+
+
+def num_sms(tensor: Tensor) -> int:
+    """Multiprocessors of the device of `tensor`. Decides how many blocks share the work, never the order of a sum."""
+    return 4 if INTERPRETED else _num_sms(tensor.get_device())
+
+
+@functools.cache
+def _num_sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
