@@ -118,7 +118,9 @@ def _run(options: dict[str, Any]) -> Any:
         if options["recipe"] not in RECIPES:
             raise CliError(f"recipe={options['recipe']!r}: choose from {', '.join(RECIPES)}")
         arguments = RECIPES[options["recipe"]].arguments()
-    arguments |= {name: options[name] for name in _PASSED_ON if options[name] is not None}
+    # False is transformers' default too, and its names for such flags change
+    given = {name: options[name] for name in _PASSED_ON if options[name] is not None and options[name] is not False}
+    arguments |= given
     return TrainingRun(
         output_dir=options["output_dir"],
         dataset=options["dataset"],

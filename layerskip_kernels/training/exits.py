@@ -90,10 +90,11 @@ def simulate(agreed: Sequence[bool], num_speculations: int) -> tuple[int, int, i
 
     Returns (rounds, drafted, accepted, decided): `decided` counts accepted drafts and first wrong ones.
     """
-    rounds = drafted = accepted = decided = position = 0
+    rounds = drafted = accepted = decided = 0
     position = 1  # prefill gives the first token
     while position < len(agreed):
-        window = agreed[position : position + num_speculations]
+        # the last token of a text is never drafted: verification gives it anyway
+        window = agreed[position : min(position + num_speculations, len(agreed) - 1)]
         right = next((n for n, same in enumerate(window) if not same), len(window))
         rounds, drafted, accepted = rounds + 1, drafted + len(window), accepted + right
         decided += min(right + 1, len(window))

@@ -40,13 +40,21 @@ class TrainingRun:
 
         Raises ValueError, TypeError or OSError for arguments, models and data that can't be used.
         """
+        if (self.model is None) == (self.config is None):
+            raise ValueError("give either model or config")
         checkpoint = self.last_checkpoint()
         if checkpoint and not self.resume:
             raise ValueError(f"output_dir={self.output_dir} has {Path(checkpoint).name}: resume it, or choose another")
         if self.resume and not checkpoint:
             raise ValueError(f"resume: {self.output_dir} has no checkpoint")
+        gpu = torch.accelerator.is_available()
         arguments = LayerSkipArguments(
-            output_dir=str(self.output_dir), seed=self.seed, disable_tqdm=True, **self.arguments
+            output_dir=str(self.output_dir),
+            seed=self.seed,
+            disable_tqdm=True,
+            use_cpu=not gpu,  # without it, processes on CPUs would not know of each other
+            dataloader_pin_memory=gpu,
+            **self.arguments,
         )
         tokenizer = self._tokenizer()
         with arguments.main_process_first(desc="data"):
@@ -91,8 +99,6 @@ class TrainingRun:
         return pack(texts, tokenizer, self.sequence_length), pack(heldout, tokenizer, self.sequence_length)
 
     def _model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        if (self.model is None) == (self.config is None):
-            raise ValueError("give either model or config")
         if self.model:
             model = AutoModelForCausalLM.from_pretrained(
                 self.model, dtype=torch.float32, trust_remote_code=False, use_safetensors=True

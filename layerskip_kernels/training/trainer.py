@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,11 @@ class LayerSkipTrainer(Trainer):
             raise TypeError(f"args: expected LayerSkipArguments, got {type(self.args).__name__}")
         if self.args.n_gpu > 1:
             raise ValueError(f"{self.args.n_gpu} GPUs in one process: start one process per GPU with torchrun")
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.args.world_size:
+            raise ValueError(
+                f"{started} processes were started and each would train alone: set use_cpu=True where there is no GPU"
+            )
         num_layers = len(model_parts(self.model).layers)
         if self.args.curriculum == "rotational" and not 1 <= self.args.curriculum_interval <= num_layers:
             raise ValueError(
