@@ -86,10 +86,14 @@ def arithmetic(kernel) -> dict[str, int]:
         operation = re.search(r"\"?((?:arith|math|tt|ttng)\.[\w.]+)\"?", line)
         name = operation.group(1) if operation else ""
         if name in ("tt.reduce", "tt.scan"):
-            region = [name + (re.search(r"axis = \d+", line) or [""])[0]]
+            region = [name + " " + re.search(r"axis = (\d+)", line).group(1)]
         elif region is not None and line.lstrip().startswith("})"):
-            if any(op in ("arith.addf", "arith.mulf", "math.fma") for op in region):
+            # Maxima and integer sums have no order, nor has a sum of one or two terms.
+            terms = _reduced_size(line, region)
+            if terms > 2 and any(op in ("arith.addf", "arith.mulf", "math.fma") for op in region):
                 found[" ".join(region) + _with_layouts(line, layouts)] += 1
+            else:
+                found[" ".join(region) + f" of {terms}"] += 1
             region = None
         elif region is not None:
             region.append(name)
@@ -100,6 +104,12 @@ def arithmetic(kernel) -> dict[str, int]:
         ):
             found[name] += 1
     return dict(found)
+
+
+def _reduced_size(line: str, region: list[str]) -> int:
+    """How many elements each result of the reduction, whose last line this is, combines."""
+    shape = re.search(r"tensor<((?:\d+x)+)", line[line.rfind(" : ") :]).group(1).split("x")
+    return int(shape[int(region[0].rsplit(" ", 1)[1])])
 
 
 def _with_layouts(line: str, layouts: dict[str, str]) -> str:

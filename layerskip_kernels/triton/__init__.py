@@ -18,9 +18,11 @@ MIN_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16 matrix instructions a
 OPS = {}
 if find_spec("triton") is not None:
     from layerskip_kernels.triton.launch import INTERPRETED
+    from layerskip_kernels.triton.rms_norm import rms_norm
     from layerskip_kernels.triton.swiglu import swiglu
 
     OPS = {
+        "rms_norm": rms_norm,
         "swiglu": swiglu,
     }
 

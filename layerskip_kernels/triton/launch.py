@@ -6,6 +6,8 @@ import contextlib
 import functools
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
@@ -17,6 +19,7 @@ WIDE_BYTES = 16  # of the widest load
 # Products and sums are rounded as written; what shall be fused says tl.fma. Triton's default differs between versions.
 EXACT = {"enable_fp_fusion": False}
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
 _NO_GUARD = contextlib.nullcontext()
 
 
@@ -55,3 +58,26 @@ def num_sms(tensor: Tensor) -> int:
 @functools.cache
 def _num_sms(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """float32 x rounded to the nearest `dtype`, ties to even. Triton's interpreter does not round to bfloat16."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (tl.where(x == x, rounded, bits | 0x400000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def row_offset(row, stride, ALIGNED: tl.constexpr):
+    """Elements before row `row`, in 64 bits; ALIGNED tells the compiler that rows start at multiples of WIDE_BYTES.
+
+    It cannot see that for strides it does not specialise on, and would load element by element.
+    """
+    offset = row.to(tl.int64) * stride
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 16)
+    return offset

@@ -10,20 +10,33 @@ import torch
 import triton
 import triton.language as tl
 
-from layerskip_kernels.triton.launch import EXACT, check, guard
+from layerskip_kernels.triton.launch import EXACT, aligned, cast, check, guard, row_offset
 
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["stride_gate", "stride_up", "stride_out", "columns"])
-def swiglu_kernel(gate_ptr, up_ptr, out_ptr, stride_gate, stride_up, stride_out, columns, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
+@triton.jit(do_not_specialize=["stride_gate", "stride_up", "stride_out"])
+def swiglu_kernel(
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    stride_gate,
+    stride_up,
+    stride_out,
+    columns,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(1)
+    gate_ptr += row_offset(row, stride_gate, ALIGNED)
+    up_ptr += row_offset(row, stride_up, ALIGNED)
+    out_ptr += row_offset(row, stride_out, ALIGNED)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
-    gate = tl.load(gate_ptr + row * stride_gate + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * stride_up + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + column, mask=inside, other=0.0).to(tl.float32)
     y = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out_ptr + row * stride_out + column, y.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + column, cast(y, out_ptr.dtype.element_ty), mask=inside)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -36,6 +49,16 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, out: torch.Tensor | None = N
         grid = (triton.cdiv(columns, BLOCK), rows)
         with guard(gate):
             swiglu_kernel[grid](
-                gate, up, out, gate.stride(0), up.stride(0), out.stride(0), columns, BLOCK, num_warps=4, **EXACT
+                gate,
+                up,
+                out,
+                gate.stride(0),
+                up.stride(0),
+                out.stride(0),
+                columns,
+                ALIGNED=aligned(gate, up, out),
+                BLOCK=BLOCK,
+                num_warps=4,
+                **EXACT,
             )
     return out
