@@ -1,6 +1,6 @@
 """Trains the demo model's byte-level BPE tokenizer.
 
-python demo/tokenizer.py build/demo/train.parquet build/demo/tokenizer
+python docs/demo/tokenizer.py build/demo/train.parquet build/demo/tokenizer
 """
 
 from __future__ import annotations

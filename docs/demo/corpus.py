@@ -1,6 +1,6 @@
 """Builds the demo model's corpus: Python functions of permissively licensed packages.
 
-    python demo/corpus.py build/demo [--wheels FOLDER]
+    python docs/demo/corpus.py build/demo [--wheels FOLDER]
 
 reads sources.csv, fetches those wheels with pip, and writes `train.parquet`, `heldout.parquet` (one function a row, in
 the column `text`) and `manifest.csv` (what every package gave, with the SHA-256 of its wheel).
