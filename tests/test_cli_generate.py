@@ -76,6 +76,17 @@ def test_table_says_what_ran(run):
     assert row[:4] == ["autoregressive", "n/a", "n/a", "8"] and row[5:7] == ["n/a", "n/a"]
 
 
+def test_compare_prints_the_speed_up(run, answers):
+    result = run("--prompt", "Hello", "--compare", "--exit_layer", 2)
+    assert result.exit_code == 0 and result.stdout == answers("Hello", exit_layer=2)[0] + "\n"
+    rows = [line.split() for line in result.stderr.splitlines()]
+    plain = next(float(row[1]) for row in rows if row[:1] == ["autoregressive"])
+    (speculative, ratio) = next((float(row[1]), float(row[2])) for row in rows if row[-1:] == ["x"])
+    assert ratio == pytest.approx(speculative / plain, abs=0.02)
+    assert ["same", "tokens"] in rows
+    assert "x" not in {row[-1] for row in map(str.split, run("--prompt", "Hello").stderr.splitlines()) if row}
+
+
 def test_several_prompts_stand_above_their_answers(run, answers, tmp_path):
     (tmp_path / "more.jsonl").write_text('{"prompt": "two\\nlines"}\n\n{"prompt": "three", "other": 1}\n')
     (tmp_path / "text.md").write_bytes("\ufefffour ü\r\n".encode())

@@ -12,8 +12,9 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
+from layerskip_kernels.cli.compare import compare
 from layerskip_kernels.cli.errors import INTERRUPTED, CliError, one_sentence
-from layerskip_kernels.cli.options import MetaCommand, generation_options, model_options
+from layerskip_kernels.cli.options import MetaCommand, TrueFalse, generation_options, model_options
 from layerskip_kernels.cli.prompts import given_prompts, typed_prompts
 from layerskip_kernels.cli.report import Record, print_stats
 from layerskip_kernels.cli.screen import Screen, visible
@@ -33,6 +34,14 @@ STREAMERS = ("standard", "speculative", "none")
 @click.option(
     "--streamer", type=click.Choice(STREAMERS), default="standard", help="speculative: show drafts, then correct them."
 )
+@click.option(
+    "--compare",
+    type=TrueFalse(),
+    is_flag=False,
+    flag_value="True",
+    default="False",
+    help="Decode again, autoregressively and self-speculatively in turns, and print the speed-up.",
+)
 @click.option("--output_dir", type=click.Path(file_okay=False, path_type=Path), help="Also write the answers there.")
 @click.pass_context
 def generate(ctx: click.Context, **options: Any) -> None:
@@ -48,6 +57,8 @@ def generate(ctx: click.Context, **options: Any) -> None:
     run = Run(_load(ctx, options), options, record)
     if prompts is not None:
         interrupted = run.answer_all(prompts) if len(prompts) > 1 else run.answer(prompts[0])
+        if options["compare"] and not interrupted:
+            interrupted = compare(lambda strategy: run.generate(prompts, None, strategy))
     else:
         interrupted = False  # of typed prompts Ctrl-C stops one answer, and the command only where a prompt is typed
         for prompt in typed_prompts():
@@ -69,7 +80,7 @@ class Run:
         """Prints the answer to one prompt while it is generated; True when Ctrl-C stopped it."""
         streamer = self._streamer()
         try:
-            result = self._generate([prompt], streamer)
+            result = self.generate([prompt], streamer)
         finally:
             if streamer:
                 streamer.end()
@@ -88,19 +99,19 @@ class Run:
 
     def answer_all(self, prompts: list[str]) -> bool:
         """Prints each prompt with its answer under it; True when Ctrl-C stopped them."""
-        result = self._generate(prompts, None)
+        result = self.generate(prompts, None)
         for number, (prompt, text) in enumerate(zip(prompts, result.text, strict=True), 1):
             click.secho(f"[{number}/{len(prompts)}] ", bold=True, nl=False)
             self._write(f"{prompt}\n{text}\n\n")
         return self._finish(prompts, result)
 
-    def _generate(self, prompts: list[str], streamer: TextStreamer | None) -> Any:
+    def generate(self, prompts: list[str], streamer: TextStreamer | None, strategy: str | None = None) -> Any:
         options = self.options
         with one_sentence():
             return self.decoder.generate(
                 [self._chat_ids(prompt) for prompt in prompts] if options["chat"] else prompts,
                 max_new_tokens=options["max_steps"],
-                generation_strategy=options["generation_strategy"],
+                generation_strategy=strategy or options["generation_strategy"],
                 sample=options["sample"],
                 temperature=options["temperature"],
                 top_k=options["top_k"],
