@@ -57,7 +57,7 @@ def build(case: Case, arch: int):
 
 
 def specialisations(case: Case) -> Iterator[Case]:
-    """What Triton may make of `case` when other values are passed: alignment lost, integers that are 1 or 64 bits."""
+    """What Triton may make of `case` when other values are passed: alignment lost, integers that are 1, strides of 64 bits."""
     params = {p.name: p for p in case.fn.params}
     free = [n for n in case.signature if not params[n].do_not_specialize]
     pointers = [n for n in free if case.signature[n].startswith("*")]
@@ -69,9 +69,9 @@ def specialisations(case: Case) -> Iterator[Case]:
         yield replace(case, name=f"{case.name}, everything aligned", divisible=(*case.divisible, *other))
     if ones := tuple(n for n in integers if n in free):
         yield replace(case, name=f"{case.name}, ones", ones=ones)
-    wide = {n: "i64" if kind == "i32" else kind for n, kind in case.signature.items()}
+    wide = {n: "i64" if n.startswith("stride") else kind for n, kind in case.signature.items()}
     if wide != case.signature:
-        yield replace(case, name=f"{case.name}, 64-bit integers", signature=wide)
+        yield replace(case, name=f"{case.name}, 64-bit strides", signature=wide)
 
 
 def arithmetic(kernel) -> dict[str, int]:

@@ -19,10 +19,12 @@ OPS = {}
 if find_spec("triton") is not None:
     from layerskip_kernels.triton.launch import INTERPRETED
     from layerskip_kernels.triton.rms_norm import rms_norm
+    from layerskip_kernels.triton.rope_append import rope_append
     from layerskip_kernels.triton.swiglu import swiglu
 
     OPS = {
         "rms_norm": rms_norm,
+        "rope_append": rope_append,
         "swiglu": swiglu,
     }
 
