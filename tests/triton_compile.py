@@ -57,7 +57,7 @@ def build(case: Case, arch: int):
 
 
 def specialisations(case: Case) -> Iterator[Case]:
-    """What Triton may make of `case` when other values are passed: alignment lost, integers that are 1, strides of 64 bits."""
+    """What Triton may make of `case` for other values: alignment gained or lost, integers of 1, strides of 64 bits."""
     params = {p.name: p for p in case.fn.params}
     free = [n for n in case.signature if not params[n].do_not_specialize]
     pointers = [n for n in free if case.signature[n].startswith("*")]

@@ -17,15 +17,21 @@ MIN_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16 matrix instructions a
 
 OPS = {}
 if find_spec("triton") is not None:
+    from layerskip_kernels.triton.kv_rollback import kv_rollback
     from layerskip_kernels.triton.launch import INTERPRETED
     from layerskip_kernels.triton.rms_norm import rms_norm
     from layerskip_kernels.triton.rope_append import rope_append
     from layerskip_kernels.triton.swiglu import swiglu
+    from layerskip_kernels.triton.verify_rejection import verify_rejection
+    from layerskip_kernels.triton.verify_tokens import verify_tokens
 
     OPS = {
+        "kv_rollback": kv_rollback,
         "rms_norm": rms_norm,
         "rope_append": rope_append,
         "swiglu": swiglu,
+        "verify_rejection": verify_rejection,
+        "verify_tokens": verify_tokens,
     }
 
 
