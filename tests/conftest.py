@@ -1,6 +1,8 @@
 """The `backend` fixtures: op tests name their op in a module constant `OP` and run on every backend that has it here.
 
 `backend` goes over all of them, `kernels` over all but the reference; both are active (`use_backend`) during the test.
+`--backend NAME` keeps the tests of one backend: `TRITON_INTERPRET=1 pytest --backend triton` runs the Triton kernels on
+the CPU, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -24,10 +26,41 @@ class Backend(NamedTuple):
     device: str
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Decoding on Triton kernels needs a GPU or the interpreter; `test_triton_interpreter.py` runs it in the latter.
+collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else ["test_triton_decode.py"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", help="run only the tests that are made for this backend")
+
+
+def pytest_collection_modifyitems(config, items):
+    only = config.getoption("--backend")
+    if only is None:
+        return
+    kept = [item for item in items if _backend_name(item) == only and not (INTERPRETED and _is_long(item))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _backend_name(item) -> str | None:
+    """The backend whose kernels a test runs; of most tests `backends_of` made it a parameter."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    for fixture in ("backend", "kernels"):
+        if fixture in params:
+            return params[fixture].name
+    return getattr(item.module, "BACKEND", None)
+
+
+def _is_long(item) -> bool:
+    return item.get_closest_marker("long_interpreted") is not None
+
+
 def backends_of(op: str) -> list[Backend]:
     """Backends that run `op` on this machine, each with the device its test inputs live on."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    devices = {"reference": "cpu", "cpu": "cpu", "cuda": "cuda", "triton": "cpu" if interpreted else "cuda"}
+    devices = {"reference": "cpu", "cpu": "cpu", "cuda": "cuda", "triton": "cpu" if INTERPRETED else "cuda"}
     found = [Backend(name, device) for name, device in devices.items() if device == "cpu" or torch.cuda.is_available()]
     return [b for b in found if registry.why_not(b.name, op, torch.device(b.device), torch.float32) is None]
 

@@ -100,6 +100,7 @@ def distance_from_target(device, method, drafts, seed):
     return float((joint - model.target()).abs().sum())
 
 
+@pytest.mark.long_interpreted
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("drafts", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
@@ -127,6 +128,7 @@ def test_the_check_notices_a_broken_rule(monkeypatch, method, mistake):
         assert distance_from_target("cpu", method, 2, 0) > 2 * ERROR
 
 
+@pytest.mark.long_interpreted
 def test_block_accepts_at_least_as_many(backend):
     gains = []
     for seed in range(2):

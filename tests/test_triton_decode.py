@@ -1,0 +1,59 @@
+"""Decoding on the Triton kernels from end to end: a GPU, or Triton's interpreter."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+import layerskip_kernels as lk
+from layerskip_kernels.models.loading import from_transformers
+from layerskip_kernels.reference.decode import ReferenceDecoder
+
+BACKEND = "triton"
+INTERPRETED = lk.registry.why_not("triton", "swiglu", torch.device("cpu"), torch.float32) is None
+DEVICE = "cpu" if INTERPRETED else "cuda"
+PROMPTS = [[5, 9, 17, 3, 250, 11, 40], [7], [100, 101, 102] * 4]
+NEW = 8
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama3", late_scale=0.05)
+
+
+def decoder_of(model, backend="triton", device=DEVICE, **kwargs):
+    return lk.SelfSpeculativeDecoder.from_model(model.to(device), backend=backend, **kwargs)
+
+
+def test_gives_the_reference_tokens(model):
+    loaded = from_transformers(model.cpu())
+    expected = [ReferenceDecoder(loaded.config, loaded.weights, 64).autoregressive(prompt, NEW) for prompt in PROMPTS]
+    decoder = decoder_of(model)
+    plain = decoder.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[], generation_strategy="autoregressive")
+    assert plain.sequences == expected
+    for exit_layer, drafts in ((1, 1), (3, 4)):
+        result = decoder.generate(
+            PROMPTS, max_new_tokens=NEW, eos_token_id=[], exit_layer=exit_layer, num_speculations=drafts
+        )
+        assert result.sequences == expected
+        assert result.stats.drafted > 0
+
+
+def test_samples_the_reference_tokens_with_and_without_speculation(model):
+    options = dict(max_new_tokens=NEW, sample=True, temperature=0.8, seed=[4, 5, 6], eos_token_id=[])
+    reference = decoder_of(model, "reference", "cpu").generate(PROMPTS, **options, generation_strategy="autoregressive")
+    decoder = decoder_of(model, exit_layer=3, num_speculations=3)
+    assert decoder.generate(PROMPTS, **options).sequences == reference.sequences
+    plain = decoder.generate(PROMPTS, **options, generation_strategy="autoregressive")
+    assert plain.sequences == reference.sequences
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_speculation_changes_nothing_in_half_precision(dtype):
+    decoder = decoder_of(tiny_model("smollm2", dtype=dtype, late_scale=0.05), exit_layer=3, num_speculations=3)
+    plain = decoder.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[], generation_strategy="autoregressive")
+    result = decoder.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[])
+    assert result.sequences == plain.sequences
+    alone = decoder.generate(PROMPTS[0], max_new_tokens=NEW, eos_token_id=[])
+    assert alone.sequences == plain.sequences[:1]
