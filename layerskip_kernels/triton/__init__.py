@@ -21,6 +21,7 @@ if find_spec("triton") is not None:
     from layerskip_kernels.triton.launch import INTERPRETED
     from layerskip_kernels.triton.rms_norm import rms_norm
     from layerskip_kernels.triton.rope_append import rope_append
+    from layerskip_kernels.triton.small_linear import small_linear
     from layerskip_kernels.triton.swiglu import swiglu
     from layerskip_kernels.triton.verify_rejection import verify_rejection
     from layerskip_kernels.triton.verify_tokens import verify_tokens
@@ -29,6 +30,7 @@ if find_spec("triton") is not None:
         "kv_rollback": kv_rollback,
         "rms_norm": rms_norm,
         "rope_append": rope_append,
+        "small_linear": small_linear,
         "swiglu": swiglu,
         "verify_rejection": verify_rejection,
         "verify_tokens": verify_tokens,
