@@ -7,8 +7,9 @@ from layerskip_kernels.ops import small_linear
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "f16", "f32"])
-@pytest.mark.parametrize("shape", [(8192, 2048), (2048, 8192)], ids=lambda s: f"{s[0]}x{s[1]}")  # Llama-3.2-1B's MLP
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+# Llama-3.2-1B's MLP, and gate and up of a model of 10 M parameters
+@pytest.mark.parametrize("shape", [(8192, 2048), (2048, 8192), (1536, 256)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 8, 16])
 def bench_small_linear(row, backend, rows, shape, dtype):
     n, c = shape
     x = torch.randn(rows, c, dtype=dtype)

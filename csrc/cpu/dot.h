@@ -68,6 +68,17 @@ LK_INLINE vf load_first(const T* p) { return load(p); }
 template <class T>
 LK_INLINE vf load_second(const T* p, vf) { return load(p + kWidth); }
 
+// sums + w * x. To the compiler an FMA may overwrite any of its operands, and in a tile that fills the registers it moves
+// sums about for that, one through the stack.
+LK_INLINE vf accumulate(vf sums, vf w, vf x) {
+#if defined(LK_VARIANT_AVX2)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sums) : "x"(w), "xm"(x));
+  return sums;
+#else
+  return fma(w, x, sums);
+#endif
+}
+
 template <class T>
 struct Dot {
   static constexpr int64_t kChunk = 2 * kWidth;
@@ -87,7 +98,7 @@ struct Dot {
     return load_second(p, first);
   }
   LK_MEMBER vf load_x(const X* x) { return lk::LK_VARIANT::load(x); }
-  LK_MEMBER vf multiply_add(vf sums, vf w, vf x) { return fma(w, x, sums); }
+  LK_MEMBER vf multiply_add(vf sums, vf w, vf x) { return accumulate(sums, w, x); }
   LK_MEMBER vf add(vf sums, Chunk w, const X* x) {
     return multiply_add(multiply_add(sums, w.a, load_x(x)), w.b, load_x(x + kWidth));
   }
@@ -128,16 +139,27 @@ LK_INLINE void pack_row(const T* x, int64_t c, typename Dot<T>::X* packed) {
   if (k < c) Dot<T>::pack(packed + k, Dot<T>::load(x + k, c - k));
 }
 
-// sums[j][i] += products of one part of a chunk. Rows + 1 registers besides the sums; x is loaded once for all rows.
+// sums[j][i] += products of one part of a chunk. Besides the sums, one more register than the smaller of both sides has:
+// that side is loaded first and stays. `first` is part 0 of some weight row.
 template <class T, int kPart, int kRows, int kCols>
-LK_INLINE void add_part(vf (&sums)[kRows][kCols], typename Dot<T>::Vector (&w)[kRows], const T* p, int64_t w_stride,
-                        const typename Dot<T>::X* x, int64_t x_stride) {
+LK_INLINE typename Dot<T>::Vector add_part(vf (&sums)[kRows][kCols], typename Dot<T>::Vector first, const T* p,
+                                           int64_t w_stride, const typename Dot<T>::X* x, int64_t x_stride) {
   using D = Dot<T>;
-  LK_UNROLL for (int j = 0; j < kRows; ++j) w[j] = D::template part<kPart>(p + j * w_stride, w[j]);
-  LK_UNROLL for (int i = 0; i < kCols; ++i) {
-    const typename D::Vector v = D::load_x(x + i * x_stride);
-    LK_UNROLL for (int j = 0; j < kRows; ++j) sums[j][i] = D::multiply_add(sums[j][i], w[j], v);
+  typename D::Vector w[kRows], v[kCols];
+  if constexpr (kRows < kCols) {
+    LK_UNROLL for (int j = 0; j < kRows; ++j) w[j] = first = D::template part<kPart>(p + j * w_stride, first);
+    LK_UNROLL for (int i = 0; i < kCols; ++i) {
+      v[i] = D::load_x(x + i * x_stride);
+      LK_UNROLL for (int j = 0; j < kRows; ++j) sums[j][i] = D::multiply_add(sums[j][i], w[j], v[i]);
+    }
+  } else {
+    LK_UNROLL for (int i = 0; i < kCols; ++i) v[i] = D::load_x(x + i * x_stride);
+    LK_UNROLL for (int j = 0; j < kRows; ++j) {
+      first = D::template part<kPart>(p + j * w_stride, first);
+      LK_UNROLL for (int i = 0; i < kCols; ++i) sums[j][i] = D::multiply_add(sums[j][i], first, v[i]);
+    }
   }
+  return first;
 }
 
 // The same for a whole chunk.
@@ -145,12 +167,12 @@ template <class T, int kRows, int kCols>
 LK_INLINE void add_chunk(vf (&sums)[kRows][kCols], const T* p, int64_t w_stride, const typename Dot<T>::X* x,
                          int64_t x_stride) {
   using D = Dot<T>;
-  if constexpr (kCols > 2) {
-    typename D::Vector w[kRows];
-    add_part<T, 0>(sums, w, p, w_stride, x, x_stride);
+  if constexpr (kCols > 1) {
+    typename D::Vector first{};
+    first = add_part<T, 0>(sums, first, p, w_stride, x, x_stride);
     if constexpr (D::kParts > 1) {
       asm("" : "+r"(p));  // or else the compiler keeps what it has read in registers that it hasn't got
-      add_part<T, 1>(sums, w, p, w_stride, x + kWidth, x_stride);
+      add_part<T, 1>(sums, first, p, w_stride, x + kWidth, x_stride);
     }
   } else {
     LK_UNROLL for (int j = 0; j < kRows; ++j) {
@@ -160,30 +182,48 @@ LK_INLINE void add_chunk(vf (&sums)[kRows][kCols], const T* p, int64_t w_stride,
   }
 }
 
-// totals[j][i] = dot product of weight row j (rows w_stride elements apart) and packed row i (x_stride apart): for every
+// Writes kCount sums, kCount floats at `out`: sum() of each.
+template <int kCount>
+LK_INLINE void sum_all(const vf (&v)[kCount], float* out) {
+  int i = 0;
+  LK_UNROLL for (; i + 4 <= kCount; i += 4) sum4(v[i], v[i + 1], v[i + 2], v[i + 3], out + i);
+  if constexpr (kCount % 4 == 1) out[i] = sum(v[i]);
+  if constexpr (kCount % 4 > 1) {
+    float rest[4];
+    sum4(v[i], v[i + 1], v[kCount - 1], v[kCount - 1], rest);
+    memcpy(out + i, rest, kCount % 4 * sizeof(float));
+  }
+}
+
+// totals[i][j] = dot product of weight row j (rows w_stride elements apart) and packed row i (x_stride apart): for every
 // tile size one vector accumulator per product, chunks in rising order, and then sum(). So the tile can't change a bit.
-// Meanwhile what lies `ahead` elements behind w is fetched into the second-level cache, `step` elements per chunk and
-// row.
-template <class T, int kRows, int kCols>
+// Meanwhile memory from `ahead` on is fetched into the second-level cache: after every kStep chunks `step` elements more,
+// of each row.
+template <class T, int kRows, int kCols, int kStep>
 LK_INLINE void dot_tile(const T* w, int64_t w_stride, const typename Dot<T>::X* x, int64_t x_stride, int64_t c,
-                        int64_t ahead, int64_t step, float (*totals)[kCols]) {
+                        int64_t ahead, int64_t step, float* totals, int64_t totals_stride) {
   using D = Dot<T>;
   vf sums[kRows][kCols];
   LK_UNROLL for (int j = 0; j < kRows; ++j)
     LK_UNROLL for (int i = 0; i < kCols; ++i) sums[j][i] = zero();
   int64_t k = 0;
 #pragma GCC unroll 1
-  for (; k + D::kChunk <= c; k += D::kChunk, ahead += step) {
+  for (; k + kStep * D::kChunk <= c; ahead += step) {
     LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(w + j * w_stride + ahead);
-    add_chunk(sums, w + k, w_stride, x + k, x_stride);
+    LK_UNROLL for (int i = 0; i < kStep; ++i, k += D::kChunk) add_chunk(sums, w + k, w_stride, x + k, x_stride);
   }
+  if constexpr (kStep > 1)
+    for (; k + D::kChunk <= c; k += D::kChunk) add_chunk(sums, w + k, w_stride, x + k, x_stride);
   if (k < c) {
     alignas(64) T last[kRows][D::kChunk] = {};
     for (int j = 0; j < kRows; ++j) memcpy(last[j], w + j * w_stride + k, size_t(c - k) * sizeof(T));
     add_chunk(sums, last[0], D::kChunk, x + k, x_stride);
   }
-  for (int j = 0; j < kRows; ++j)
-    for (int i = 0; i < kCols; ++i) totals[j][i] = sum(sums[j][i]);
+  LK_UNROLL for (int i = 0; i < kCols; ++i) {
+    vf column[kRows];
+    LK_UNROLL for (int j = 0; j < kRows; ++j) column[j] = sums[j][i];
+    sum_all(column, totals + i * totals_stride);
+  }
 }
 
 }  // namespace lk::LK_VARIANT

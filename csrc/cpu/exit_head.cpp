@@ -99,8 +99,7 @@ struct Pass {
     alignas(64) float logits[kMaxPackedRows][kHeadChunk];
     const int64_t begin = index * kHeadChunk;
     const int64_t count = a.v - begin < kHeadChunk ? a.v - begin : kHeadChunk;
-    panel(product, begin, begin + count,
-          [&](int64_t row, int64_t token, float dot) { logits[row][token - begin] = dot; });
+    panel(product, begin, begin + count, a.v, Totals{logits[0], kHeadChunk});
     for (int64_t row = 0; row < m; ++row) {
       float* kept = kept_logits(row);
       for (int64_t i = 0; i < count; i += kWidth) {

@@ -8,10 +8,10 @@ namespace lk::LK_VARIANT {
 constexpr int kMaxCols = 4;             // x rows of a register tile
 constexpr int64_t kMaxPackedRows = 64;  // x rows per pass over the weights
 constexpr int64_t kTileRows = 24;       // a multiple of every tile's weight rows
+constexpr int64_t kAheadBytes = 4096;   // at least so far ahead are weights fetched: shorter takes less than the way there
 
 // Weight rows of a register tile with `cols` x rows.
 constexpr int rows_of_tile(int cols) {
-  if (cols > 2) return kRegisters / kMaxCols;
   return kRegisters / cols < 8 ? kRegisters / cols : 8;
 }
 
@@ -24,48 +24,55 @@ struct Product {
   int64_t m, c;
 };
 
-template <class T, int kRows, int kCols, class Sink>
-LK_INLINE void tile(const Product<T>& p, int64_t row, int64_t n, int64_t ahead, int64_t step,
-                    const Sink& sink) {
-  float totals[kRows][kCols];
-  dot_tile<T, kRows, kCols>(p.w + n * p.w_stride, p.w_stride, p.x + row * p.x_stride, p.x_stride, p.c, ahead, step,
-                            totals);
-  for (int j = 0; j < kRows; ++j)
-    for (int i = 0; i < kCols; ++i) sink(row + i, n + j, totals[j][i]);
-}
+// Where dot products go: those of x row i to data[i * stride] and behind.
+struct Totals {
+  float* data;
+  int64_t stride;
+};
 
 // Weight rows [n, n + kRows) against all x rows, cut into tiles of nearly equal width: kCols or one less. Each tile
-// fetches its share of the rows from `next` on.
-template <class T, int kRows, int kCols, class Sink>
-LK_INLINE void strip(const Product<T>& p, int64_t n, int64_t next, const Sink& sink) {
+// fetches its share of the rows from `next` on. A single tile asks for every half line, though the other half comes
+// along: memory is what it waits for, and asking once was slower.
+template <class T, int kRows, int kCols>
+LK_INLINE void strip(const Product<T>& p, int64_t n, int64_t next, Totals out) {
+  constexpr int64_t kChunk = Dot<T>::kChunk;
+  constexpr int kLine = kChunk * sizeof(T) < 64 ? int(64 / (kChunk * sizeof(T))) : 1;  // chunks
+  const T* w = p.w + n * p.w_stride;
+  int64_t ahead = (next - n) * p.w_stride;
+  if (p.m == kCols)
+    return dot_tile<T, kRows, kCols, 1>(w, p.w_stride, p.x, p.x_stride, p.c, ahead, kChunk, out.data, out.stride);
   const int64_t tiles = (p.m + kCols - 1) / kCols;
   const int64_t narrow = tiles * kCols - p.m;
-  const int64_t share = p.c / tiles, step = Dot<T>::kChunk / tiles;
-  int64_t row = 0, ahead = (next - n) * p.w_stride;
+  const int64_t share = p.c / tiles, step = kLine * kChunk / tiles;
+  int64_t row = 0;
   for (int64_t t = narrow; t < tiles; ++t, row += kCols, ahead += share)
-    tile<T, kRows, kCols>(p, row, n, ahead, step, sink);
+    dot_tile<T, kRows, kCols, kLine>(w, p.w_stride, p.x + row * p.x_stride, p.x_stride, p.c, ahead, step,
+                                     out.data + row * out.stride, out.stride);
   if constexpr (kCols > 1)
-    for (; row < p.m; row += kCols - 1, ahead += share) tile<T, kRows, kCols - 1>(p, row, n, ahead, step, sink);
+    for (; row < p.m; row += kCols - 1, ahead += share)
+      dot_tile<T, kRows, kCols - 1, kLine>(w, p.w_stride, p.x + row * p.x_stride, p.x_stride, p.c, ahead, step,
+                                           out.data + row * out.stride, out.stride);
 }
 
-template <class T, int kCols, class Sink>
-static void panel_of(const Product<T>& p, int64_t begin, int64_t end, const Sink& sink) {
+template <class T, int kCols>
+static void panel_of(const Product<T>& p, int64_t begin, int64_t end, int64_t limit, Totals out) {
   constexpr int kRows = rows_of_tile(kCols);
+  const int64_t ahead = kRows + kAheadBytes / ((p.c + 1) * int64_t(sizeof(T)) * kRows) * kRows;
   int64_t n = begin;
-  // Rows behind `end` may be another thread's, so the last strip asks for what it has itself.
-  for (; n + kRows <= end; n += kRows) strip<T, kRows, kCols>(p, n, n + 2 * kRows <= end ? n + kRows : n, sink);
-  for (; n < end; ++n) strip<T, 1, kCols>(p, n, n, sink);
+  for (; n + kRows <= end; n += kRows, out.data += kRows)
+    strip<T, kRows, kCols>(p, n, n + ahead + kRows <= limit ? n + ahead : n, out);
+  for (; n < end; ++n, ++out.data) strip<T, 1, kCols>(p, n, n, out);
 }
 
-// Calls sink(x row, weight row, dot product) for every x row and the weight rows [begin, end).
-template <class T, class Sink>
-LK_INLINE void panel(const Product<T>& p, int64_t begin, int64_t end, const Sink& sink) {
+// Dot products of every x row and the weight rows [begin, end). Rows up to `limit` are likely to be this thread's next.
+template <class T>
+LK_INLINE void panel(const Product<T>& p, int64_t begin, int64_t end, int64_t limit, Totals out) {
   const int64_t tiles = (p.m + kMaxCols - 1) / kMaxCols;
   switch ((p.m + tiles - 1) / tiles) {  // so that at most `tiles` tiles are one narrower
-    case 1: return panel_of<T, 1>(p, begin, end, sink);
-    case 2: return panel_of<T, 2>(p, begin, end, sink);
-    case 3: return panel_of<T, 3>(p, begin, end, sink);
-    case 4: return panel_of<T, 4>(p, begin, end, sink);
+    case 1: return panel_of<T, 1>(p, begin, end, limit, out);
+    case 2: return panel_of<T, 2>(p, begin, end, limit, out);
+    case 3: return panel_of<T, 3>(p, begin, end, limit, out);
+    case 4: return panel_of<T, 4>(p, begin, end, limit, out);
   }
 }
 

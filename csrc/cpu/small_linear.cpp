@@ -7,7 +7,7 @@
 namespace lk::LK_VARIANT {
 namespace {
 
-constexpr int64_t kLeastBytesPerTask = 96 << 10, kMostBytesPerTask = 384 << 10;
+constexpr int64_t kLeastBytesPerTask = 16 << 10, kMostBytesPerTask = 384 << 10;
 constexpr int64_t kTasksPerThread = 8;  // when there is enough to do: so that nobody waits long for the last one
 
 // What the tasks of one pass share: packed rows [0, m) are rows [first, first + m) of the call.
@@ -19,16 +19,28 @@ struct Pass {
   int64_t first, m;
 };
 
+// Bias, rounding and residual of `count` outputs of one row, from `n` on.
 template <class T>
-LK_INLINE void finish(const Pass<T>& pass, const LinearWeight& weight, int64_t row, int64_t n, float total) {
-  if (weight.bias) total += to_float(static_cast<const T*>(weight.bias)[n]);
-  T y = from_float<T>(total);
+LK_INLINE void finish(const Pass<T>& pass, const LinearWeight& weight, int64_t row, int64_t n, int64_t count,
+                      const float* totals) {
   const int64_t m = pass.first + row;
-  if (pass.args.residual) {
-    const T residual = static_cast<const T*>(pass.args.residual)[m * pass.args.residual_stride + n];
-    y = from_float<T>(to_float(residual) + to_float(y));
+  const T* bias = static_cast<const T*>(weight.bias);
+  const T* residual = static_cast<const T*>(pass.args.residual);
+  T* out = static_cast<T*>(weight.out) + m * weight.out_stride + n;
+  if (bias) bias += n;
+  if (residual) residual += m * pass.args.residual_stride + n;
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const int64_t left = count - i;
+    const bool whole = left >= kWidth;
+    vf y = whole ? load(totals + i) : load(totals + i, left);
+    if (bias) y = add(y, whole ? load(bias + i) : load(bias + i, left));
+    if (residual) {
+      alignas(64) T linear[kWidth];
+      store(linear, y);
+      y = add(whole ? load(residual + i) : load(residual + i, left), load(linear));
+    }
+    if (whole) store(out + i, y); else store(out + i, y, left);
   }
-  static_cast<T*>(weight.out)[m * weight.out_stride + n] = y;
 }
 
 template <class T>
@@ -51,7 +63,12 @@ void run_pass(const Pass<T>& pass) {
     const int64_t begin = index * rows_per_task;
     const int64_t end = begin + rows_per_task < weight->n ? begin + rows_per_task : weight->n;
     const Product<T> product{static_cast<const T*>(weight->data), weight->stride, pass.x, pass.x_stride, pass.m, a.c};
-    panel(product, begin, end, [&](int64_t row, int64_t n, float total) { finish(pass, *weight, row, n, total); });
+    alignas(64) float totals[kMaxPackedRows][kTileRows];
+    for (int64_t n = begin; n < end; n += kTileRows) {
+      const int64_t count = end - n < kTileRows ? end - n : kTileRows;
+      panel(product, n, n + count, weight->n, Totals{totals[0], kTileRows});
+      for (int64_t row = 0; row < pass.m; ++row) finish(pass, *weight, row, n, count, totals[row]);
+    }
   };
   parallel_for(a.num_threads, tasks, task);
 }

@@ -53,14 +53,17 @@ class Pool {
     grow(wanted);
     function_ = function;
     context_ = context;
-    num_tasks_ = num_tasks;
-    next_.store(0, std::memory_order_relaxed);
+    num_lanes_ = wanted + 1;
+    for (int i = 0; i < num_lanes_; ++i) {
+      lanes_[i].next.store(num_tasks * i / num_lanes_, std::memory_order_relaxed);
+      lanes_[i].end = num_tasks * (i + 1) / num_lanes_;
+    }
     left_.store(0, std::memory_order_relaxed);
     const uint64_t job = (job_of(state_.load(std::memory_order_relaxed)) + 1) & 0xffffffff;
     state_.store(job << 32 | kOpen | uint64_t(wanted) << 16);
     for (int i = 0; i < wanted && i < int(workers_.size()); ++i)
       if (workers_[i]->asleep.load()) workers_[i]->notify();
-    work();
+    work(0);
     const int joined = joined_of(state_.fetch_and(~kOpen, std::memory_order_acq_rel));
     for (int spins = 0; left_.load(std::memory_order_acquire) != joined; ++spins) {
       if (spins < 4000) pause(); else sched_yield();
@@ -91,15 +94,22 @@ class Pool {
     }
   };
 
-  void work() {
-    for (;;) {
-      const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
-      if (task >= num_tasks_) return;
-      function_(context_, task);
+  // A thread's own tasks follow each other in memory, too; who is done early helps the others.
+  struct alignas(64) Lane {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
+  void work(int own) {
+    for (int i = 0; i < num_lanes_; ++i) {
+      Lane& lane = lanes_[(own + i) % num_lanes_];
+      for (int64_t task; (task = lane.next.fetch_add(1, std::memory_order_relaxed)) < lane.end;)
+        function_(context_, task);
     }
   }
 
   void grow(int wanted) {
+    if (int(lanes_.size()) <= wanted) lanes_ = std::vector<Lane>(size_t(wanted) + 1);
     if (int(workers_.size()) >= wanted || refused_) return;
     // Signals belong to the program's own threads.
     sigset_t all, before;
@@ -133,7 +143,7 @@ class Pool {
       spin = Clock::now() - idle_since < kLongSpin ? kLongSpin : kShortSpin;
       while (job_of(state) == seen && (state & kOpen)) {
         if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel, std::memory_order_relaxed)) {
-          work();
+          work(index + 1);
           left_.fetch_add(1, std::memory_order_release);
           break;
         }
@@ -167,9 +177,9 @@ class Pool {
   bool refused_ = false;
 
   alignas(64) std::atomic<uint64_t> state_{0};
-  alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int> left_{0};
-  int64_t num_tasks_ = 0;
+  std::vector<Lane> lanes_;
+  int num_lanes_ = 0;
   TaskFunction function_ = nullptr;
   void* context_ = nullptr;
 

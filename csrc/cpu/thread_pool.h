@@ -11,7 +11,8 @@ namespace lk {
 using TaskFunction = void (*)(void* context, int64_t task);
 
 // Calls function(context, task) for every task in [0, num_tasks), on up to num_threads threads, the caller among them.
-// Which thread runs a task is not defined, so tasks may not depend on it. Called from inside a task, or while another
+// Which thread runs a task is not defined, so tasks may not depend on it; most of the time the next task is the same
+// thread's. Called from inside a task, or while another
 // thread's call is running, it runs everything on the calling thread. Tasks throw nothing.
 void parallel_for_raw(int num_threads, int64_t num_tasks, TaskFunction function, void* context);
 
