@@ -11,15 +11,15 @@ from layerskip_kernels.reference.decode import ReferenceDecoder
 BACKEND = "triton"
 INTERPRETED = lk.registry.why_not("triton", "swiglu", torch.device("cpu"), torch.float32) is None
 DEVICE = "cpu" if INTERPRETED else "cuda"
-PROMPTS = [[5, 9, 17, 3, 250, 11, 40], [7], [100, 101, 102] * 4]
-NEW = 8
+PROMPTS = [[5, 9, 17, 3], [7]]
+NEW = 6  # the interpreter takes half a second for a token
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model("llama3", late_scale=0.05)
+    return tiny_model("llama3", late_scale=0.05, num_hidden_layers=3)
 
 
 def decoder_of(model, backend="triton", device=DEVICE, **kwargs):
@@ -32,18 +32,15 @@ def test_gives_the_reference_tokens(model):
     decoder = decoder_of(model)
     plain = decoder.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[], generation_strategy="autoregressive")
     assert plain.sequences == expected
-    for exit_layer, drafts in ((1, 1), (3, 4)):
-        result = decoder.generate(
-            PROMPTS, max_new_tokens=NEW, eos_token_id=[], exit_layer=exit_layer, num_speculations=drafts
-        )
-        assert result.sequences == expected
-        assert result.stats.drafted > 0
+    speculative = decoder.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[], exit_layer=2, num_speculations=3)
+    assert speculative.sequences == expected
+    assert speculative.stats.accepted > 0
 
 
 def test_samples_the_reference_tokens_with_and_without_speculation(model):
-    options = dict(max_new_tokens=NEW, sample=True, temperature=0.8, seed=[4, 5, 6], eos_token_id=[])
+    options = dict(max_new_tokens=NEW, sample=True, temperature=0.8, seed=[4, 5], eos_token_id=[])
     reference = decoder_of(model, "reference", "cpu").generate(PROMPTS, **options, generation_strategy="autoregressive")
-    decoder = decoder_of(model, exit_layer=3, num_speculations=3)
+    decoder = decoder_of(model, exit_layer=1, num_speculations=2)
     assert decoder.generate(PROMPTS, **options).sequences == reference.sequences
     plain = decoder.generate(PROMPTS, **options, generation_strategy="autoregressive")
     assert plain.sequences == reference.sequences
@@ -51,7 +48,8 @@ def test_samples_the_reference_tokens_with_and_without_speculation(model):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_speculation_changes_nothing_in_half_precision(dtype):
-    decoder = decoder_of(tiny_model("smollm2", dtype=dtype, late_scale=0.05), exit_layer=3, num_speculations=3)
+    model = tiny_model("smollm2", dtype=dtype, late_scale=0.05, num_hidden_layers=2)
+    decoder = decoder_of(model, exit_layer=1, num_speculations=3)
     plain = decoder.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[], generation_strategy="autoregressive")
     result = decoder.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[])
     assert result.sequences == plain.sequences

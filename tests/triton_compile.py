@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Case:
     num_stages: int = 3
     mma: bool = False  # products run on matrix instructions
     wide: bool = False  # global memory is read 16 bytes at a time
-    ones: tuple[str, ...] = field(default=())  # integer arguments that are 1 (Triton makes constants of them)
+    ones: tuple[str, ...] = ()  # integer arguments that are 1 (Triton makes constants of them)
     enable_fp_fusion: bool = False
 
 

@@ -27,11 +27,11 @@ def swiglu_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(1)
+    row = tl.program_id(0)
     gate_ptr += row_offset(row, stride_gate, ALIGNED)
     up_ptr += row_offset(row, stride_up, ALIGNED)
     out_ptr += row_offset(row, stride_out, ALIGNED)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     gate = tl.load(gate_ptr + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -46,7 +46,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, out: torch.Tensor | None = N
         out = gate.new_empty(rows, columns)
     check(gate=gate, up=up, out=out)
     if out.numel():
-        grid = (triton.cdiv(columns, BLOCK), rows)
+        grid = (rows, triton.cdiv(columns, BLOCK))
         with guard(gate):
             swiglu_kernel[grid](
                 gate,
