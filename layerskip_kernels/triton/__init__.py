@@ -17,6 +17,7 @@ MIN_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16 matrix instructions a
 
 OPS = {}
 if find_spec("triton") is not None:
+    from layerskip_kernels.triton.exit_head import exit_head
     from layerskip_kernels.triton.kv_rollback import kv_rollback
     from layerskip_kernels.triton.launch import INTERPRETED
     from layerskip_kernels.triton.rms_norm import rms_norm
@@ -27,6 +28,7 @@ if find_spec("triton") is not None:
     from layerskip_kernels.triton.verify_tokens import verify_tokens
 
     OPS = {
+        "exit_head": exit_head,
         "kv_rollback": kv_rollback,
         "rms_norm": rms_norm,
         "rope_append": rope_append,

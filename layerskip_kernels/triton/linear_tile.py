@@ -86,7 +86,7 @@ def tile_config(columns: int, width: int, dtype: torch.dtype, sms: int, tiles: i
     """
     warps, stages = 4 if tiles < MAX_TILES else 8, 4 if tiles == 1 else 3
     if launch.INTERPRETED:  # few steps: each costs the same, whatever its size
-        block_n, block_k = 128, 512
+        block_n, block_k = 256, 256
     elif dtype == torch.float32:  # no matrix instruction keeps its digits, and plain ones need more registers
         block_n, block_k, warps = 32 if columns <= 2048 * 32 else 64, 32, 4
     elif columns > 2048 * 64:  # a vocabulary: `exit_head` merges as many partial results as there are tiles
