@@ -4,6 +4,9 @@
 
 Every result is compared with the reference before it is timed. Working sets rotate through more memory than the caches
 hold. Bandwidth of shared machines wanders, so it is probed before and after each row, and the mean of both counts.
+
+A benchmark that takes `device` beside `backend` runs on the GPU too, where there is one: on its backends, and on
+"torch", torch's own way to the same result. There a row is a CUDA graph of the calls: Python's launches don't count.
 """
 
 from __future__ import annotations
@@ -16,29 +19,55 @@ import pytest
 import torch
 
 import layerskip_kernels as lk
+from layerskip_kernels import registry
 
-PROBE_BYTES = 256 << 20
-ROTATED_BYTES = 192 << 20  # more than the last-level cache of a desktop or a slice of a server
+PROBE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+ROTATED_BYTES = {"cpu": 192 << 20, "cuda": 512 << 20}  # more than the last-level cache
+GRAPH_CALLS = 20  # at least so many in a graph: its launch costs about 10 microseconds
+GPU_BACKENDS = ("cuda", "triton", "torch")
 
 
-@pytest.fixture(params=["cpu"])
+def pytest_generate_tests(metafunc):
+    if "backend" not in metafunc.fixturenames:
+        return
+    gpu = torch.cuda.is_available() and "device" in metafunc.fixturenames
+    op = metafunc.module.__name__.removeprefix("bench_")
+    found = [b for b in GPU_BACKENDS if gpu and (b == "torch" or _runs(b, op))]
+    on_cpu = [] if metafunc.definition.get_closest_marker("gpu") else ["cpu"]
+    choices = [*on_cpu, *(pytest.param(b, marks=pytest.mark.gpu) for b in found)]
+    metafunc.parametrize("backend", choices, indirect=True)
+
+
+def _runs(backend: str, op: str) -> bool:
+    return registry.why_not(backend, op, torch.device("cuda"), torch.bfloat16) is None
+
+
+@pytest.fixture
 def backend(request):
-    with lk.use_backend(request.param):
+    with lk.use_backend("auto" if request.param == "torch" else request.param):
         yield request.param
+
+
+@pytest.fixture
+def device(backend) -> str:
+    """Where the benchmark's tensors live."""
+    return "cpu" if backend == "cpu" else "cuda"
 
 
 @pytest.fixture(scope="session")
 def probe():
-    """Read bandwidth of all threads, bytes per second: the best of a few sums over a large tensor."""
-    data = torch.ones(PROBE_BYTES // 4)
+    """Read bandwidth in bytes per second: the best of a few sums over a large tensor."""
+    data = {}
 
-    def measure() -> float:
+    def measure(device: str = "cpu") -> float:
+        if device not in data:
+            data[device] = torch.ones(PROBE_BYTES[device] // 4, device=device)
         times = []
         for _ in range(4):
             started = time.perf_counter()
-            data.sum()
+            data[device].sum().item()
             times.append(time.perf_counter() - started)
-        return PROBE_BYTES / min(times)
+        return PROBE_BYTES[device] / min(times)
 
     return measure
 
@@ -47,20 +76,47 @@ def probe():
 def row(benchmark, probe):
     """`row(calls, bytes_moved)`: time the calls in turn, report bytes per second and the share of the bandwidth."""
 
-    def run(calls, bytes_moved: int) -> None:
-        turn = itertools.cycle(calls)
-        before = probe()
-        benchmark.pedantic(lambda: next(turn)(), rounds=max(10, 2 * len(calls)), warmup_rounds=len(calls))
-        bandwidth = statistics.mean((before, probe()))
-        rate = bytes_moved / benchmark.stats.stats.median
+    def run(calls, bytes_moved: int, device: str = "cpu") -> None:
+        before = probe(device)
+        if device == "cpu":
+            turn, calls_per_round = itertools.cycle(calls), 1
+            benchmark.pedantic(lambda: next(turn)(), rounds=max(10, 2 * len(calls)), warmup_rounds=len(calls))
+        else:
+            replay, calls_per_round = _graph(calls)
+            benchmark.pedantic(replay, rounds=30, warmup_rounds=3)
+        bandwidth = statistics.mean((before, probe(device)))
+        seconds = benchmark.stats.stats.median / calls_per_round
+        rate = bytes_moved / seconds
         benchmark.extra_info.update(
+            microseconds_per_call=round(seconds * 1e6, 2),
             gigabytes_per_second=round(rate / 1e9, 2),
             bandwidth_gigabytes_per_second=round(bandwidth / 1e9, 2),
             share_of_bandwidth=round(rate / bandwidth, 3),
-            threads=torch.get_num_threads(),
         )
+        if device == "cpu":
+            benchmark.extra_info.update(threads=torch.get_num_threads())
+        else:
+            benchmark.extra_info.update(gpu=torch.cuda.get_device_name(), calls_per_graph=calls_per_round)
 
     return run
+
+
+def _graph(calls):
+    """A function that runs the calls in turn, from one CUDA graph, and waits; and how many calls that are."""
+    calls = [*calls] * -(-GRAPH_CALLS // len(calls))
+    for call in calls:  # compiles, and fills the allocator
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+
+    def replay():
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay, len(calls)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -76,11 +132,11 @@ def pytest_terminal_summary(terminalreporter, config):
         )
 
 
-def rotated(make, bytes_each: int) -> list:
+def rotated(make, bytes_each: int, device: str = "cpu") -> list:
     """Several results of `make()`, together larger than the caches."""
-    return [make() for _ in range(max(1, min(64, -(-ROTATED_BYTES // bytes_each))))]
+    return [make() for _ in range(max(1, min(64, -(-ROTATED_BYTES[device] // bytes_each))))]
 
 
 def assert_close(actual, expected, dtype: torch.dtype) -> None:
     tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual.float().cpu(), expected.float().cpu(), rtol=tolerance, atol=tolerance)
