@@ -274,6 +274,7 @@ def chi_square(observed, probabilities):
     return float((((observed - expected) ** 2) / expected)[possible].sum())
 
 
+@pytest.mark.long_interpreted
 @pytest.mark.parametrize(
     "filters", [{}, dict(top_k=3), dict(top_p=0.8), dict(min_p=0.3), dict(top_k=5, top_p=0.9)], ids=str
 )
@@ -294,6 +295,7 @@ def test_draws_follow_the_softmax(backend, filters):
     assert chi_square(counts, shifted / shifted.sum()) > 38
 
 
+@pytest.mark.long_interpreted
 @pytest.mark.parametrize("along", ["position", "stream", "seed"])
 def test_neighbouring_draws_are_independent(backend, along):
     """Pairs of successive draws over 3 tokens: 8 degrees of freedom exceed 43 once in a million."""

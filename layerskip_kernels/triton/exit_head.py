@@ -78,7 +78,8 @@ def _filter_settings(
 ):  # fmt: skip
     """The rows' temperature, k, p, min-p, the last three at values that do nothing where off, and which rows filter."""
     temperature = tl.load(temperature_ptr + row, mask=inside, other=0.0)
-    k, p, min_p = tl.zeros_like(row) + V, temperature * 0 + 1, temperature * 0
+    k, min_p = tl.zeros_like(row) + V, tl.zeros_like(temperature)
+    p = min_p + 1
     if HAS_TOP_K:
         k = tl.load(top_k_ptr + row, mask=inside, other=0)
         k = tl.where((k > 0) & (k < V), k, V)
@@ -177,17 +178,16 @@ def _ordered(x):
 @triton.jit
 def _kth_largest(logits_row, V, k, largest, searching, BLOCK: tl.constexpr):
     """The k-th largest logit of the rows `searching`, by bisection over the floats in their order, one pass a step."""
-    low, high = _ordered(largest * 0 - _INFINITY), _ordered(largest)
-    found = largest * 0 - _INFINITY  # at least k logits reach it, and it is one of them
+    found = tl.full(largest.shape, _MINUS_INFINITY, tl.float32)  # at least k logits reach it, and it is one of them
+    low, high = _ordered(found), _ordered(largest)
     while tl.max((searching & (low < high)).to(tl.int32), axis=0) > 0:
         middle = low + (high - low + 1) // 2
         count = tl.zeros_like(k)
         least = largest
         for start in range(0, V, BLOCK):
             token = start + tl.arange(0, BLOCK)[None, :]
-            logit = _without_nan(
-                tl.load(logits_row + token, mask=searching[:, None] & (token < V), other=_MINUS_INFINITY)
-            )
+            mask = searching[:, None] & (token < V)
+            logit = _without_nan(tl.load(logits_row + token, mask=mask, other=_MINUS_INFINITY))
             reaches = (_ordered(logit) >= middle[:, None]) & (token < V)
             count += tl.sum(reaches.to(tl.int32), axis=1)
             least = tl.minimum(least, tl.min(tl.where(reaches, logit, _INFINITY), axis=1))
@@ -237,7 +237,7 @@ def choose_kernel(
         mass = tl.zeros_like(top)  # of what top-k keeps, where top-p needs it
         if HAS_TOP_P:
             weighed = asking & (p < 1)
-            threshold = top * 0 - _INFINITY
+            threshold = tl.full(top.shape, _MINUS_INFINITY, tl.float32)
             if HAS_TOP_K:
                 kth = _kth_largest(logits_row, V, k, largest, weighed & (k < V), BLOCK)
                 threshold = tl.div_rn(kth, divisor)
@@ -250,7 +250,7 @@ def choose_kernel(
         while tl.max(asking.to(tl.int32), axis=0) > 0:
             count = tl.zeros_like(k)
             above = tl.zeros_like(top)
-            next_best, next_token = top * 0 - _INFINITY, token * 0 + _NONE
+            next_best, next_token = tl.full(top.shape, _MINUS_INFINITY, tl.float32), token
             for start in range(0, V, BLOCK):
                 other = start + tl.arange(0, BLOCK)[None, :]
                 mask = asking[:, None] & (other < V)

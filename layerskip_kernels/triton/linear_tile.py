@@ -15,7 +15,7 @@ from layerskip_kernels.triton import launch
 
 ROWS = 16  # of x in one product: the height of mma.sync
 MAX_TILES = 4  # products that share a tile of W
-INTERPRETED = tl.constexpr(launch.INTERPRETED)
+_INTERPRETED = tl.constexpr(launch.INTERPRETED)
 _ROWS = tl.constexpr(ROWS)
 
 
@@ -39,7 +39,7 @@ def _product(acc, x_row, row, rows, k, w, C: tl.constexpr, BLOCK_K: tl.constexpr
     if C % BLOCK_K != 0:
         inside = inside & (k[None, :] < C)
     x = tl.load(x_row + k[None, :], mask=inside, other=0.0)
-    if INTERPRETED:  # wrong for bfloat16, and the order of numpy's sums depends on the row: each alone, in float32
+    if _INTERPRETED:  # its tl.dot is wrong for bfloat16, and in an order that depends on the row: rows one by one
         every = tl.broadcast_to(w.to(tl.float32)[None, :, :], (_ROWS, BLOCK_K, w.shape[1]))
         return acc + tl.reshape(tl.dot(x.to(tl.float32)[:, None, :], every, input_precision="ieee"), acc.shape)
     else:
