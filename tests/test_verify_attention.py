@@ -166,7 +166,11 @@ def test_cache_with_positions_outside_heads(backend):
     assert_close(verify_attention(**args), expected)
 
 
-INVARIANCE = [dict(dim=64, window=6), dict(dim=40, window=6, sliding_window=50), dict(dim=128, window=17, heads=6)]
+INVARIANCE = [
+    dict(dim=64, window=6),
+    dict(dim=40, window=6, sliding_window=50),
+    pytest.param(dict(dim=128, window=17, heads=6), marks=pytest.mark.long_interpreted),
+]
 
 
 @pytest.mark.parametrize("shape", INVARIANCE, ids=lambda s: f"D{s['dim']}-T{s['window']}")

@@ -51,8 +51,8 @@ def early_exit_cross_entropy(
         logit_scale, softcap: see above, both > 0; softcap=None: no cap.
         distill_weight: >= 0; 0: no distillation.
         distill_temperature: > 0.
-        chunk_size: rows of logits [chunk_size, V] to hold at once, all exits together; None: about 64 MiB of them. At
-            least one token of every exit is held. `reference` holds everything whatever it is.
+        chunk_size: rows of logits [chunk_size, V] to hold at once, all exits together; None: about 64 MiB of them,
+            512 MiB on a GPU. At least one token of every exit is held. `reference` holds everything whatever it is.
 
     Returns:
         `EarlyExitLoss` (loss, exit_losses). Both are 0 where no target counts.
