@@ -25,7 +25,7 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("name", [*sorted(triton.OPS), "triton_philox", "triton_decode"])
+@pytest.mark.parametrize("name", [*sorted(triton.OPS), "triton_attention", "triton_philox", "triton_decode"])
 def test_passes_its_tests(name):
     run = interpreted("-m", "pytest", "-q", "--backend", "triton", "-p", "no:cacheprovider", f"tests/test_{name}.py")
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
