@@ -27,6 +27,10 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     # GCC 12 takes the undefined pass-through operands of its own AVX-512 intrinsics for mistakes.
     set(LAYERSKIP_FLAGS_avx512 ${LAYERSKIP_FLAGS_avx2} -Wno-maybe-uninitialized -Wno-uninitialized -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
     set(LAYERSKIP_FLAGS_avx512_bf16 ${LAYERSKIP_FLAGS_avx512} -mavx512bf16)
+    if(LAYERSKIP_EMULATE_AVX512)
+        set(LAYERSKIP_FLAGS_avx512 ${LAYERSKIP_FLAGS_avx2} -Wno-psabi -I${CMAKE_SOURCE_DIR}/tests/native/avx512_emulated)
+        set(LAYERSKIP_FLAGS_avx512_bf16 ${LAYERSKIP_FLAGS_avx512})
+    endif()
 else()
     set(variants scalar)
 endif()
@@ -41,6 +45,9 @@ add_library(layerskip_cpu STATIC
     csrc/cpu/workspace.cpp
 )
 target_include_directories(layerskip_cpu PUBLIC csrc)
+if(LAYERSKIP_EMULATE_AVX512)
+    target_compile_definitions(layerskip_cpu PRIVATE LK_EMULATED_AVX512)
+endif()
 target_compile_options(layerskip_cpu PRIVATE ${LAYERSKIP_CPU_FLAGS})
 target_link_libraries(layerskip_cpu PUBLIC Threads::Threads)
 

@@ -1,6 +1,7 @@
 """Builds the CPU library with tests/native, a program that runs every op, under sanitizers, and runs it."""
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,15 +26,20 @@ def run(*command, **kwargs):
     return result.stdout
 
 
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
 @pytest.mark.parametrize(
-    ("sanitize", "variants"),
+    ("sanitize", "variants", "emulate"),
     [
-        pytest.param("address,undefined", RUNNABLE, id="address"),
-        pytest.param("thread", RUNNABLE, id="thread"),
-        pytest.param("", "scalar", id="scalar-only"),  # what a processor without AVX2 gets
+        pytest.param("address,undefined", RUNNABLE, "OFF", id="address"),
+        pytest.param("thread", RUNNABLE, "OFF", id="thread"),
+        pytest.param("", "scalar", "OFF", id="scalar-only"),  # what a processor without AVX2 gets
+        # the AVX-512 kernels wherever the tests run, their instructions replaced by tests/native/avx512_emulated
+        *[pytest.param("", "scalar;avx512;avx512_bf16", "ON", id="avx512-emulated")] * X86,
     ],
 )
-def test_every_op(tmp_path, sanitize, variants):
+def test_every_op(tmp_path, sanitize, variants, emulate):
     cmake = shutil.which("cmake")
     assert cmake and shutil.which("ninja"), "cmake and ninja are part of the test extra"
     # -O1 compiles in half the time of -O3 and keeps the checks.
@@ -41,6 +47,7 @@ def test_every_op(tmp_path, sanitize, variants):
         cmake, "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DLAYERSKIP_DRIVER=ON",
         "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1",
         f"-DLAYERSKIP_SANITIZE={sanitize}", f"-DLAYERSKIP_CPU_VARIANTS={variants}",
+        f"-DLAYERSKIP_EMULATE_AVX512={emulate}",
     )  # fmt: skip
     run(cmake, "--build", str(tmp_path), "--target", "layerskip_driver", "--parallel", str(os.cpu_count()))
     output = run(str(tmp_path / "layerskip_driver"), env={**os.environ, **OPTIONS})

@@ -64,6 +64,9 @@ std::string why_variant_unsupported(const std::string& variant) {
                           {"FMA", bool(one.c >> 12 & 1)},
                           {"F16C", bool(one.c >> 29 & 1)},
                           {"the saved YMM state", ymm}};
+#if defined(LK_EMULATED_AVX512)
+  if (variant == "avx512" || variant == "avx512_bf16") return missing({avx2[0], avx2[1], avx2[2], avx2[3]});
+#endif
   const Feature avx512[] = {{"AVX512F", bool(seven.b >> 16 & 1)},
                             {"AVX512DQ", bool(seven.b >> 17 & 1)},
                             {"AVX512BW", bool(seven.b >> 30 & 1)},

@@ -1,0 +1,55 @@
+"""Is the demo model's text Python? Greedy function bodies for held-out `def` lines, and how many of them parse.
+
+python docs/demo/quality.py CHECKPOINT build/demo/heldout.parquet [--show 3]
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+
+import click
+import pyarrow.parquet as pq
+
+import layerskip_kernels as lk
+
+PROMPTS, NEW_TOKENS = 100, 256
+
+
+def header(function: str) -> str:
+    """The function up to the colon of its `def`."""
+    (node,) = ast.parse(function).body
+    lines = function.splitlines()[: node.body[0].lineno - 1]
+    while lines and not lines[-1].rstrip().endswith(":"):
+        lines.pop()  # comments between the colon and the body
+    return "\n".join(lines).rstrip()
+
+
+def parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.argument("heldout", type=click.Path(exists=True, dir_okay=False))
+@click.option("--show", type=int, default=0, help="Texts to print.")
+def main(checkpoint: str, heldout: str, show: int) -> None:
+    texts = pq.read_table(heldout)["text"].to_pylist()
+    random.Random(0).shuffle(texts)
+    prompts = [prompt for prompt in map(header, texts) if prompt][:PROMPTS]
+    decoder = lk.SelfSpeculativeDecoder.from_pretrained(checkpoint)
+    result = decoder.generate(prompts, max_new_tokens=NEW_TOKENS)
+    answers = [prompt + text for prompt, text in zip(prompts, result.text)]
+    for answer in answers[:show]:
+        click.echo(answer + "\n" + "-" * 20)
+    ended = sum(reason == "eos" for reason in result.finish_reasons)
+    click.echo(f"{sum(map(parses, answers))} of {len(answers)} parse; {ended} ended within {NEW_TOKENS} tokens")
+    click.echo(f"acceptance {result.stats.acceptance_rate:.1%} at E={decoder.exit_layer}, K={decoder.num_speculations}")
+
+
+if __name__ == "__main__":
+    main()
