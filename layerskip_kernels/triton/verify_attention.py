@@ -77,7 +77,7 @@ def _tile(
         inside = (positions >= length) & (positions < end)
         sees = tl.load(
             tree_ptr + t[:, None].to(tl.int64) * tree_stride + u[None, :],
-            mask=inside[None, :] & (row_end > row_first)[:, None],
+            mask=inside[None, :] & (row_end > 0)[:, None],
             other=0,
         )
         visible = visible & ((positions < length)[None, :] | (sees != 0))
@@ -169,10 +169,9 @@ def verify_attention_split_kernel(
     # What each row sees: [row_first, row_end), in a tree with gaps.
     position = length + t
     row_first = tl.maximum(position + 1 - sliding_window, 0)
-    row_end = position + 1
+    row_end = tl.where(real, position + 1, 0)
     if tree_ptr is not None:
         row_end = tl.where(real, length + queries, 0)
-    row_end = tl.where(real, row_end, 0)
     size = _chunk_size(tl.minimum(position + 1, sliding_window) + slack, MIN_CHUNK, SLOTS)
 
     k_stride, v_stride = k_stride_s * VECTOR, v_stride_s * VECTOR
@@ -185,7 +184,7 @@ def verify_attention_split_kernel(
         while chunk * chunk_size < end:
             begin = tl.maximum(chunk * chunk_size, first // BLOCK_N * BLOCK_N)
             stop = tl.minimum((chunk + 1) * chunk_size, end)
-            # Tiles [shared_begin, shared_stop) are seen whole by every row, or by none.
+            # Every row sees all of the tiles in [shared_begin, shared_stop).
             shared_begin, shared_stop = begin, stop
             if shared_first > first:
                 shared_begin = tl.minimum(tl.maximum(tl.cdiv(shared_first, BLOCK_N) * BLOCK_N, begin), stop)
