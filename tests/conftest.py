@@ -28,10 +28,9 @@ class Backend(NamedTuple):
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Decoding on Triton kernels needs a GPU or the interpreter; `test_triton_interpreter.py` runs it in the latter.
-collect_ignore = (
-    [] if INTERPRETED or torch.cuda.is_available() else ["test_triton_attention.py", "test_triton_decode.py"]
-)
+# About Triton kernels alone, on a GPU or in the interpreter: `test_triton_interpreter.py` runs them in the latter.
+TRITON_FILES = ("test_triton_attention.py", "test_triton_decode.py", "test_triton_philox.py")
+collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else [*TRITON_FILES]
 
 
 def pytest_addoption(parser):
