@@ -6,7 +6,8 @@ Every result is compared with the reference before it is timed. Working sets rot
 hold. Bandwidth of shared machines wanders, so it is probed before and after each row, and the mean of both counts.
 
 A benchmark that takes `device` beside `backend` runs on the GPU too, where there is one: on its backends, and on
-"torch", torch's own way to the same result. There a row is a CUDA graph of the calls: Python's launches don't count.
+"torch", torch's own way to the same result, unless the module says TORCH = False. There a row is a CUDA graph of the
+calls: Python's launches don't count.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def pytest_generate_tests(metafunc):
         return
     gpu = torch.cuda.is_available() and "device" in metafunc.fixturenames
     op = metafunc.module.__name__.removeprefix("bench_")
-    found = [b for b in GPU_BACKENDS if gpu and (b == "torch" or _runs(b, op))]
+    torch_too = getattr(metafunc.module, "TORCH", True)
+    found = [b for b in GPU_BACKENDS if gpu and (torch_too if b == "torch" else _runs(b, op))]
     on_cpu = [] if metafunc.definition.get_closest_marker("gpu") else ["cpu"]
     choices = [*on_cpu, *(pytest.param(b, marks=pytest.mark.gpu) for b in found)]
     metafunc.parametrize("backend", choices, indirect=True)

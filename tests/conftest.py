@@ -29,7 +29,12 @@ class Backend(NamedTuple):
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # About Triton kernels alone, on a GPU or in the interpreter: `test_triton_interpreter.py` runs them in the latter.
-TRITON_FILES = ("test_triton_attention.py", "test_triton_decode.py", "test_triton_philox.py")
+TRITON_FILES = (
+    "test_triton_attention.py",
+    "test_triton_decode.py",
+    "test_triton_library.py",
+    "test_triton_philox.py",
+)
 collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else [*TRITON_FILES]
 
 

@@ -25,7 +25,10 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("name", [*sorted(triton.OPS), "triton_attention", "triton_philox", "triton_decode"])
+TRITON_FILES = ("triton_attention", "triton_decode", "triton_library", "triton_philox")
+
+
+@pytest.mark.parametrize("name", [*sorted(triton.OPS), *TRITON_FILES])
 def test_passes_its_tests(name):
     run = interpreted("-m", "pytest", "-q", "--backend", "triton", "-p", "no:cacheprovider", f"tests/test_{name}.py")
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
