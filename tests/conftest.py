@@ -8,6 +8,7 @@ the CPU, in Triton's interpreter.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -27,6 +28,12 @@ class Backend(NamedTuple):
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:
+    # Checking every integer operation for overflow takes two fifths of the tests' time. Wrapped addresses still show.
+    from triton.runtime.interpreter import interpreter_builder
+
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
 
 # About Triton kernels alone, on a GPU or in the interpreter: `test_triton_interpreter.py` runs them in the latter.
 TRITON_FILES = (

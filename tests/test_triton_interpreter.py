@@ -1,6 +1,6 @@
 """The Triton kernels on CPU tensors: the ops' own tests and the decode loop, in Triton's interpreter.
 
-The interpreter is chosen by an environment variable when kernels are defined, so each file runs in its own process.
+An environment variable chooses the interpreter when kernels are defined, so each file runs in processes of its own.
 """
 
 import os
@@ -30,7 +30,8 @@ TRITON_FILES = ("triton_attention", "triton_decode", "triton_library", "triton_p
 
 @pytest.mark.parametrize("name", [*sorted(triton.OPS), *TRITON_FILES])
 def test_passes_its_tests(name):
-    run = interpreted("-m", "pytest", "-q", "--backend", "triton", "-p", "no:cacheprovider", f"tests/test_{name}.py")
+    options = ["-q", "-n", "2", "-p", "no:cacheprovider", "--backend", "triton"]
+    run = interpreted("-m", "pytest", *options, f"tests/test_{name}.py")
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout and " skipped" not in run.stdout
 
