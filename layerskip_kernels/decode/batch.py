@@ -24,6 +24,7 @@ class Request:
     max_new_tokens: int
     sampling: SamplingOptions | None = None
     tokens: list[int] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)  # [n, V] of the n tokens of each round, where asked for
     finish_reason: str | None = None
     slot: int = -1
 

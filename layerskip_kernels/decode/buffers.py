@@ -12,8 +12,8 @@ _PER_REQUEST = ("temperature", "seed", "stream", "top_k", "top_p")
 class Buffers:
     """Flat storage for the largest round of a batch; `round(K)` gives the views for its present rows and K drafts."""
 
-    def __init__(self, model: Model, batch: Batch, rows: int, drafts: int, sampled: bool):
-        self.model, self.batch, self.sampled = model, batch, sampled
+    def __init__(self, model: Model, batch: Batch, rows: int, drafts: int, sampled: bool, logits: bool):
+        self.model, self.batch, self.sampled, self.logits = model, batch, sampled, logits
         self._rows, self._window = rows, drafts + 1
         self._flat: dict[str, torch.Tensor] = {}
         self._rounds: dict[tuple[int, int], Round] = {}
@@ -67,6 +67,7 @@ class Round:
         self.target = matrix("target", torch.int64)
         self.target_logprob = matrix("target_logprob", torch.float32)
         scratch = matrix("target_confidence", torch.float32)
+        self.logits = matrix("logits", torch.float32, config.vocab_size) if buffers.logits else None
         self.verify_head = ExitHead(self.target.view(-1), self.target_logprob.view(-1), scratch.view(-1))
         self.draft_head = ExitHead(
             vector("draft_token", torch.int64),

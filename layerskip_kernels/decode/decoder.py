@@ -145,6 +145,7 @@ class SelfSpeculativeDecoder:
         eos_token_id: int | Sequence[int] | None = None,
         streamer: Any = None,
         deterministic_prefill: bool = False,
+        output_logits: bool = False,
     ) -> GenerationResult:
         """Continue each prompt. What comes out does not depend on the strategy's speculation, nor on the batch.
 
@@ -163,6 +164,7 @@ class SelfSpeculativeDecoder:
             streamer: a transformers streamer, one prompt only: `put(ids)` with the prompt, then with what each round
                 emits, then `end()`. If it has `put_draft(ids)`, that is called with each round's drafts first.
             deterministic_prefill: prompts of 32 tokens and more give the same bits for every thread count, too (slow).
+            output_logits: keep the raw logits, before any processing, in `result.logits`.
 
         Returns:
             `GenerationResult`. Ctrl-C ends the call with what was generated so far.
@@ -201,6 +203,7 @@ class SelfSpeculativeDecoder:
                     stop=stop,
                     streamer=streamer,
                     deterministic_prefill=deterministic_prefill,
+                    output_logits=output_logits,
                 )
                 generation.run()
             finally:
@@ -209,7 +212,14 @@ class SelfSpeculativeDecoder:
         text = None
         if self.tokenizer is not None:
             text = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in sequences]
-        return GenerationResult(sequences, text, [r.finish_reason for r in requests], generation.stats)
+        reasons = [r.finish_reason for r in requests]
+        logits = None
+        if output_logits:
+            none = torch.empty(
+                0, self.config.vocab_size, device=self.device
+            )  # an interrupted request may have no token
+            logits = [torch.cat([none, *r.logits]) for r in requests]
+        return GenerationResult(sequences, text, reasons, generation.stats, logits)
 
     def _reserve(self, requests: list[Request], drafts: int) -> KVCache:
         """A cache that holds these requests: each P + max_new_tokens, and two rounds' windows beyond."""

@@ -34,6 +34,7 @@ class Generation:
         stop: Callable[[Request, int], int | None],
         streamer: Any,
         deterministic_prefill: bool,
+        output_logits: bool,
     ):
         self.model, self.cache, self.requests = model, cache, requests
         self.speculative = strategy == "self_speculative"
@@ -46,7 +47,9 @@ class Generation:
         rows = min(cache.slots, len(requests))
         self.free_slots = list(reversed(range(rows)))
         self.batch = Batch(rows, model.device)
-        self.buffers = Buffers(model, self.batch, rows, self.drafts, sampled=requests[0].sampling is not None)
+        sampled = requests[0].sampling is not None
+        self.output_logits = output_logits
+        self.buffers = Buffers(model, self.batch, rows, self.drafts, sampled, output_logits)
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -70,10 +73,13 @@ class Generation:
         request.slot = self.free_slots.pop()
         if self.streamer is not None:
             self.streamer.put(torch.tensor(request.prompt))
-        token, logprob = prefill(self.model, self.cache, request, self.last_layer, self.deterministic_prefill)
+        logits = None
+        if self.output_logits:
+            logits = torch.empty(1, self.model.config.vocab_size, device=self.model.device)
+        token, logprob = prefill(self.model, self.cache, request, self.last_layer, self.deterministic_prefill, logits)
         self.stats.prefill_seconds += time.perf_counter() - started
         self.stats.tokens += 1
-        self._emit(request, [token], [logprob])
+        self._emit(request, [token], [logprob], logits)
         if request.finish_reason:
             self.free_slots.append(request.slot)
         else:
@@ -97,7 +103,12 @@ class Generation:
         logprobs = r.target_logprob.tolist()
         for row, (request, (num_draft, num_emitted, num_accepted)) in enumerate(zip(self.batch.requests, counts)):
             self.stats.count_round(num_draft, num_emitted, num_accepted)
-            self._emit(request, tokens[row][:num_emitted], logprobs[row][:num_emitted])
+            self._emit(
+                request,
+                tokens[row][:num_emitted],
+                logprobs[row][:num_emitted],
+                None if r.logits is None else r.logits[row],
+            )
         for request in self.batch.drop_finished():
             self.free_slots.append(request.slot)
 
@@ -105,7 +116,7 @@ class Generation:
         if num_draft := r.num_draft.item():
             self.streamer.put_draft(r.tokens[0, 1 : 1 + num_draft].clone())
 
-    def _emit(self, request: Request, tokens: list[int], logprobs: list[float]) -> None:
+    def _emit(self, request: Request, tokens: list[int], logprobs: list[float], logits: torch.Tensor | None) -> None:
         if any(logprob != logprob for logprob in logprobs):
             raise FloatingPointError(
                 f"the logits at position {len(request.prompt) + len(request.tokens)} are not numbers (NaN): the "
@@ -123,6 +134,8 @@ class Generation:
             del request.tokens[kept:]
             tokens = tokens[: len(tokens) - cut]
             request.finish_reason = "stop_string"
+        if logits is not None:
+            request.logits.append(logits[: len(tokens)].clone())
         if self.streamer is not None:
             self.streamer.put(torch.tensor(tokens))
             if request.finish_reason:

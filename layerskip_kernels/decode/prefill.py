@@ -11,10 +11,12 @@ SHORT_PROMPT = 32  # below it the products are `small_linear`'s, whose bits do n
 CHUNK = 512  # fixed, so that a prompt is always cut in the same places
 
 
-def prefill(model: Model, cache: KVCache, request: Request, last_layer: int, deterministic: bool) -> tuple[int, float]:
+def prefill(
+    model: Model, cache: KVCache, request: Request, last_layer: int, deterministic: bool, logits: torch.Tensor | None
+) -> tuple[int, float]:
     """Layers [0, last_layer) over one prompt into its slot; the head on its last position only.
 
-    Returns the first new token and its log-probability.
+    Returns the first new token and its log-probability. `logits` [1, V] float32 receives what it was chosen from.
     """
     device = cache.k.device
     prompt = torch.tensor(request.prompt, dtype=torch.int64, device=device)
@@ -40,7 +42,7 @@ def prefill(model: Model, cache: KVCache, request: Request, last_layer: int, det
         torch.empty(1, dtype=torch.float32, device=device),
         torch.empty(1, dtype=torch.float32, device=device),
     )
-    model.head(hidden[:, -1], sampling_for(request, device), head)
+    model.head(hidden[:, -1], sampling_for(request, device), head, logits)
     return head.token.item(), head.logprob.item()
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 
 @dataclass
 class GenerationStats:
@@ -57,6 +59,7 @@ class GenerationResult:
     text: list[str] | None  # None without a tokenizer
     finish_reasons: list[str]  # "eos", "length", "stop_string" or "interrupted"
     stats: GenerationStats
+    logits: list[torch.Tensor] | None = None  # [n, V] float32 each: what its tokens were chosen from; if asked for
 
     @property
     def interrupted(self) -> bool:

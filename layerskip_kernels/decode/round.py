@@ -80,7 +80,7 @@ def verify(model: Model, cache: KVCache, r: Round, exit_layer: int) -> None:
 
 
 def choose(model: Model, r: Round) -> None:
-    model.head(r.exit_rows, r.verify_sampling, r.verify_head)
+    model.head(r.exit_rows, r.verify_sampling, r.verify_head, None if r.logits is None else r.logits.flatten(0, 1))
 
 
 def accept(model: Model, r: Round, eos_ids: torch.Tensor) -> None:
