@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from layerskip_kernels import registry
-from layerskip_kernels.decode.batch import Request, SamplingOptions
+from layerskip_kernels.decode import arguments
+from layerskip_kernels.decode.batch import Request
 from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.generate import STRATEGIES, Generation
 from layerskip_kernels.decode.model import Model
@@ -19,7 +20,6 @@ from layerskip_kernels.decode.stop import StopStrings
 
 log = logging.getLogger("layerskip_kernels")
 
-DEFAULT_SPECULATIONS = 6
 CAPACITY_STEP = 256  # the cache grows in these steps
 
 
@@ -39,11 +39,13 @@ class SelfSpeculativeDecoder:
         self.config, self.tokenizer = config, loaded.tokenizer
         self.ops = registry.bind(loaded.weights.embedding.device, loaded.weights.embedding.dtype, backend)
         self.model = Model(config, loaded.weights, self.ops)
-        self.exit_layer = _exit_layer(exit_layer, config, config.exit_layer or max(1, config.num_layers // 4))
+        self.exit_layer = arguments.exit_layer(exit_layer, config, config.exit_layer or max(1, config.num_layers // 4))
         recorded = config.num_speculations
-        self.num_speculations = _speculations(num_speculations, DEFAULT_SPECULATIONS if recorded is None else recorded)
-        self.max_batch_size = _whole("max_batch_size", max_batch_size, 1)
-        self.max_length = None if max_length is None else _whole("max_length", max_length, 2)
+        self.num_speculations = arguments.speculations(
+            num_speculations, arguments.DEFAULT_SPECULATIONS if recorded is None else recorded
+        )
+        self.max_batch_size = arguments.whole("max_batch_size", max_batch_size, 1)
+        self.max_length = None if max_length is None else arguments.whole("max_length", max_length, 2)
         self._cache: KVCache | None = None
         self._lock = threading.RLock()
         self._busy = False
@@ -82,7 +84,7 @@ class SelfSpeculativeDecoder:
 
         registry.check_backend_name(backend)
         return cls(
-            load_checkpoint(model, dtype=dtype, device=_device(device)),
+            load_checkpoint(model, dtype=dtype, device=arguments.device(device)),
             exit_layer=exit_layer,
             num_speculations=num_speculations,
             backend=backend,
@@ -174,18 +176,18 @@ class SelfSpeculativeDecoder:
         """
         if generation_strategy not in STRATEGIES:
             raise ValueError(f"generation_strategy={generation_strategy!r}: choose {', '.join(STRATEGIES)}")
-        exit_layer = _exit_layer(exit_layer, self.config, self.exit_layer)
+        exit_layer = arguments.exit_layer(exit_layer, self.config, self.exit_layer)
         if exit_layer is None and generation_strategy != "autoregressive":
             raise ValueError(f"generation_strategy={generation_strategy!r}: a model of 1 layer has no early exit")
-        drafts = _speculations(num_speculations, self.num_speculations)
-        _whole("max_new_tokens", max_new_tokens, 1)
+        drafts = arguments.speculations(num_speculations, self.num_speculations)
+        arguments.whole("max_new_tokens", max_new_tokens, 1)
         ids = encode(prompts, self.tokenizer, self.config.vocab_size)
         if streamer is not None and len(ids) != 1:
             raise ValueError(f"streamer: works for one prompt, got {len(ids)}")
-        sampling = _sampling(len(ids), sample, temperature, top_k, top_p, seed)
+        sampling = arguments.sampling(len(ids), sample, temperature, top_k, top_p, seed)
         requests = [Request(p, max_new_tokens, s) for p, s in zip(ids, sampling)]
         stop = StopStrings(stop_strings, self.tokenizer)
-        eos_ids = _eos_ids(eos_token_id, self.config)
+        eos_ids = arguments.eos_ids(eos_token_id, self.config)
         drafts = drafts if generation_strategy == "self_speculative" else 0
         with self._lock:
             if self._busy:
@@ -247,72 +249,3 @@ class SelfSpeculativeDecoder:
             self._cache = KVCache(self.config, slots, capacity, self.dtype, self.device)
             self.model.rope.reserve(capacity)
         return self._cache
-
-
-def _device(value: str | torch.device) -> torch.device:
-    if str(value) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = str(value).partition(":")
-    if kind not in ("cpu", "cuda") or not (index.isdecimal() or not index):
-        raise ValueError(f"device={str(value)!r}: choose auto, cpu, cuda or cuda:0, cuda:1, ...")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={str(value)!r}: torch finds {torch.cuda.device_count()} CUDA devices here")
-    return torch.device(value)
-
-
-def _exit_layer(value: int | None, config, default: int | None) -> int | None:
-    layers = config.num_layers
-    if value is None:
-        return default if layers > 1 else None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"exit_layer={value!r}: must be a whole number, 1..{layers - 1}")
-    if not 1 <= value < layers:
-        raise ValueError(f"exit_layer={value}: the model has {layers} layers, choose 1..{layers - 1}")
-    return value
-
-
-def _speculations(value: int | None, default: int) -> int:
-    value = _whole("num_speculations", default if value is None else value, 0)
-    if value > 63:
-        raise ValueError(f"num_speculations={value}: choose 0..63")
-    return value
-
-
-def _whole(name: str, value: int, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: must be a whole number")
-    if value < low:
-        raise ValueError(f"{name}={value}: must be at least {low}")
-    return value
-
-
-def _eos_ids(value, config) -> tuple[int, ...]:
-    if value is None:
-        return config.eos_token_ids
-    ids = (value,) if isinstance(value, int) else tuple(value)
-    for token in ids:
-        if not isinstance(token, int) or not 0 <= token < config.vocab_size:
-            raise ValueError(f"eos_token_id={token!r}: choose token ids in 0..{config.vocab_size - 1}")
-    return ids
-
-
-def _sampling(count: int, sample, temperature, top_k, top_p, seed) -> list[SamplingOptions | None]:
-    if not sample:
-        return [None] * count
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: must be 0 or more")
-    _whole("top_k", top_k, 0)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
-    if seed is None:
-        seed = int(torch.empty((), dtype=torch.int64).random_())
-    if isinstance(seed, int):
-        keys = [(seed, i) for i in range(count)]
-    elif len(seed) == count:
-        keys = [(int(s), 0) for s in seed]
-    else:
-        raise ValueError(f"seed: {len(seed)} values for {count} prompts, give one number or one for each")
-    for value, _ in keys:
-        if not -(2**63) <= value < 2**63:
-            raise ValueError(f"seed={value}: must fit in 64 bits")
-    return [SamplingOptions(float(temperature), top_k, float(top_p), *key) for key in keys]
