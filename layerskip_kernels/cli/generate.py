@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from layerskip_kernels.cli.compare import compare
 from layerskip_kernels.cli.errors import INTERRUPTED, CliError, one_sentence
+from layerskip_kernels.cli.load import load_decoder
 from layerskip_kernels.cli.options import MetaCommand, TrueFalse, generation_options, model_options
 from layerskip_kernels.cli.prompts import given_prompts, typed_prompts
 from layerskip_kernels.cli.report import Record, print_stats
@@ -178,33 +178,7 @@ def _notes(ctx: click.Context, prompts: list[str] | None, options: dict[str, Any
 
 
 def _load(ctx: click.Context, options: dict[str, Any]) -> Any:
-    with one_sentence(), Console(stderr=True).status(f"Loading {options['model']}"):
-        import torch
-
-        from layerskip_kernels import SelfSpeculativeDecoder
-
-        if options["device"].startswith("cuda") and not torch.cuda.is_available():
-            raise CliError(f"--device {options['device']}: torch finds no CUDA device here, choose cpu")
-        loader = SelfSpeculativeDecoder.from_pretrained
-        arguments = _decoder_arguments(ctx, options, list(inspect.signature(loader).parameters)[1:])
-        decoder = loader(options["model"], **arguments)
-    if decoder.tokenizer is None:
-        raise CliError(f"{options['model']} has no tokenizer, so it cannot read a prompt")
+    decoder = load_decoder(ctx, options)
     if options["chat"] and not decoder.tokenizer.chat_template:
         raise CliError(f"the tokenizer of {options['model']} has no chat template, leave --chat out")
     return decoder
-
-
-def _decoder_arguments(ctx: click.Context, options: dict[str, Any], known: list[str]) -> dict[str, Any]:
-    """The options that are arguments of the decoder, with those of --model_args, which are checked against `known`."""
-    more = options["model_args"] or {}
-    for name in more:
-        if name not in known:
-            raise CliError(f"--model_args {name}: choose from {', '.join(known)}")
-        if name in options and ctx.get_parameter_source(name) != ParameterSource.DEFAULT:
-            raise CliError(f"--model_args {name} and --{name} are both given, leave one out")
-    arguments = {**{name: options[name] for name in known if name in options}, **more}
-    for name in ("exit_layer", "num_speculations"):
-        if arguments.get(name) == -1:
-            arguments[name] = None
-    return arguments

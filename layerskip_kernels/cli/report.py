@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from layerskip_kernels.files import write_whole
 
 _STATS = (
     "prefill_seconds",
@@ -72,9 +73,4 @@ class Record:
                 "stats": {name: getattr(result.stats, name) for name in _STATS},
             }
         )
-        unfinished = self.path.with_suffix(".json.tmp")
-        try:
-            unfinished.write_text(json.dumps(self._content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(unfinished, self.path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(self.path, (json.dumps(self._content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from layerskip_kernels.files import write_whole
 from layerskip_kernels.models.checkpoint import read_json
-from layerskip_kernels.training.log import write_whole
 from layerskip_kernels.training.parts import model_parts
 
 MAX_SPECULATIONS = 12  # K is looked for in 1..12
