@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from layerskip_kernels.decode.batch import SamplingOptions
@@ -56,7 +58,7 @@ def eos_ids(value, config) -> tuple[int, ...]:
     return ids
 
 
-def sampling(count: int, sample, temperature, top_k, top_p, seed) -> list[SamplingOptions | None]:
+def sampling(count: int, sample, temperature, top_k, top_p, min_p, seed) -> list[SamplingOptions | None]:
     if not sample:
         return [None] * count
     if not 0 <= temperature < float("inf"):
@@ -64,15 +66,22 @@ def sampling(count: int, sample, temperature, top_k, top_p, seed) -> list[Sampli
     whole("top_k", top_k, 0)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p}: must be in 0..1")
+    return [SamplingOptions(float(temperature), top_k, float(top_p), *key, float(min_p)) for key in keys(count, seed)]
+
+
+def keys(count: int, seed: int | Sequence[int] | None) -> list[tuple[int, int]]:
+    """(seed, stream) of each of `count` requests."""
     if seed is None:
         seed = int(torch.empty((), dtype=torch.int64).random_())
     if isinstance(seed, int):
-        keys = [(seed, i) for i in range(count)]
+        pairs = [(seed, i) for i in range(count)]
     elif len(seed) == count:
-        keys = [(int(s), 0) for s in seed]
+        pairs = [(int(s), 0) for s in seed]
     else:
         raise ValueError(f"seed: {len(seed)} values for {count} prompts, give one number or one for each")
-    for value, _ in keys:
+    for value, _ in pairs:
         if not -(2**63) <= value < 2**63:
             raise ValueError(f"seed={value}: must fit in 64 bits")
-    return [SamplingOptions(float(temperature), top_k, float(top_p), *key) for key in keys]
+    return pairs

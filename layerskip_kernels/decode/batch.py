@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from layerskip_kernels.decode.controls import Controls
 
 
 @dataclass
@@ -14,9 +18,10 @@ class SamplingOptions:
     top_p: float
     seed: int
     stream: int
+    min_p: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """One prompt and what came of it."""
 
@@ -27,6 +32,11 @@ class Request:
     logits: list[torch.Tensor] = field(default_factory=list)  # [n, V] of the n tokens of each round, where asked for
     finish_reason: str | None = None
     slot: int = -1
+    controls: Controls | None = None
+    past: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # a layer's K and V of the prompt's first positions
+    past_length: int = 0
+    keep_kv: bool = False  # at the end, all layers' K and V [L, G, n, D] of all but the last token go to `kv`
+    kv: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Batch:
@@ -49,6 +59,7 @@ class Batch:
         self.temperature = make(torch.float32)
         self.top_k = make(torch.int64)
         self.top_p = make(torch.float32)
+        self.min_p = make(torch.float32)
         self.seed = make(torch.int64)
         self.stream = make(torch.int64)
         self._tensors = [t for t in vars(self).values() if isinstance(t, torch.Tensor)]

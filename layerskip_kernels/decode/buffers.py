@@ -6,7 +6,7 @@ from layerskip_kernels.decode.batch import Batch
 from layerskip_kernels.decode.model import Model
 from layerskip_kernels.ops import ExitHead, Sampling, Verified
 
-_PER_REQUEST = ("temperature", "seed", "stream", "top_k", "top_p")
+_PER_REQUEST = ("temperature", "seed", "stream", "top_k", "top_p", "min_p")
 
 
 class Buffers:

@@ -22,6 +22,17 @@ class KVCache:
                 f"which {device} does not have"
             ) from error
 
+    def load(self, slot: int, past: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> None:
+        """Put K and V of positions before `length` into a slot: of each layer [G, n, D] for its last n <= length."""
+        for layer, (k, v) in enumerate(past):
+            self.k[layer, slot, :, length - k.shape[1] : length] = k
+            self.v[layer, slot, :, length - v.shape[1] : length] = v
+
+    @torch.inference_mode(False)
+    def read(self, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy of K and V of a slot's first positions, [L, G, length, D] each."""
+        return self.k[:, slot, :, :length].clone(), self.v[:, slot, :, :length].clone()
+
     @property
     def slots(self) -> int:
         return self.k.shape[1]

@@ -12,10 +12,12 @@ from layerskip_kernels import registry
 from layerskip_kernels.decode import arguments
 from layerskip_kernels.decode.batch import Request
 from layerskip_kernels.decode.cache import KVCache
+from layerskip_kernels.decode.controls import Controls
 from layerskip_kernels.decode.generate import STRATEGIES, Generation
 from layerskip_kernels.decode.model import Model
+from layerskip_kernels.decode.processors import Processing
 from layerskip_kernels.decode.prompts import encode
-from layerskip_kernels.decode.result import GenerationResult
+from layerskip_kernels.decode.result import GenerationResult, GenerationStats
 from layerskip_kernels.decode.stop import StopStrings
 
 log = logging.getLogger("layerskip_kernels")
@@ -142,7 +144,12 @@ class SelfSpeculativeDecoder:
         temperature: float = 0.6,
         top_k: int = 0,
         top_p: float = 0.9,
+        min_p: float = 0.0,
         seed: int | Sequence[int] | None = None,
+        repetition_penalty: float = 1.0,
+        min_new_tokens: int = 0,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
         stop_strings: str | Sequence[str] | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         streamer: Any = None,
@@ -159,8 +166,15 @@ class SelfSpeculativeDecoder:
             exit_layer, num_speculations: override the decoder's own.
             sample: draw tokens instead of taking the most probable one. The noise is a function of seed, request and
                 position, so speculation does not change the text either.
-            temperature, top_k, top_p: of sampling; top_k=0 and top_p=1 are off.
+            temperature, top_k, top_p, min_p: of sampling; top_k=0, top_p=1 and min_p=0 are off.
             seed: an int gives prompt i the stream (seed, i), a list gives each prompt its own. None: a fresh one.
+            repetition_penalty: above 1 makes tokens of prompt and text less likely; transformers' definition.
+            min_new_tokens: no EOS before as many tokens.
+            logits_processor: transformers' `LogitsProcessorList`, or functions (ids [1, length], scores [1, V]) ->
+                scores. Called once for each emitted token, before temperature and filters, with ids of prompt and text
+                so far; never for drafts. All prompts share them, so they should keep no state.
+            stopping_criteria: `StoppingCriteriaList`, or functions (ids [1, length], None) -> bool; called after each
+                emitted token.
             stop_strings: end a sequence with the token that completes one of them; needs a tokenizer.
             eos_token_id: token id or ids that end a sequence. None: the checkpoint's. Empty list: none.
             streamer: a transformers streamer, one prompt only: `put(ids)` with the prompt, then with what each round
@@ -174,42 +188,31 @@ class SelfSpeculativeDecoder:
         Raises:
             ValueError, TypeError: unusable argument, before any work starts. The decoder stays usable after any error.
         """
-        if generation_strategy not in STRATEGIES:
-            raise ValueError(f"generation_strategy={generation_strategy!r}: choose {', '.join(STRATEGIES)}")
-        exit_layer = arguments.exit_layer(exit_layer, self.config, self.exit_layer)
-        if exit_layer is None and generation_strategy != "autoregressive":
-            raise ValueError(f"generation_strategy={generation_strategy!r}: a model of 1 layer has no early exit")
-        drafts = arguments.speculations(num_speculations, self.num_speculations)
         arguments.whole("max_new_tokens", max_new_tokens, 1)
         ids = encode(prompts, self.tokenizer, self.config.vocab_size)
         if streamer is not None and len(ids) != 1:
             raise ValueError(f"streamer: works for one prompt, got {len(ids)}")
-        sampling = arguments.sampling(len(ids), sample, temperature, top_k, top_p, seed)
+        sampling = arguments.sampling(len(ids), sample, temperature, top_k, top_p, min_p, seed)
         requests = [Request(p, max_new_tokens, s) for p, s in zip(ids, sampling)]
         stop = StopStrings(stop_strings, self.tokenizer)
         eos_ids = arguments.eos_ids(eos_token_id, self.config)
-        drafts = drafts if generation_strategy == "self_speculative" else 0
-        with self._lock:
-            if self._busy:
-                raise RuntimeError("generate was called from its own streamer; use a second decoder there")
-            self._busy = True
-            try:
-                generation = Generation(
-                    self.model,
-                    self._reserve(requests, drafts),
-                    requests,
-                    strategy=generation_strategy,
-                    exit_layer=exit_layer,
-                    drafts=drafts,
-                    eos_ids=eos_ids,
-                    stop=stop,
-                    streamer=streamer,
-                    deterministic_prefill=deterministic_prefill,
-                    output_logits=output_logits,
-                )
-                generation.run()
-            finally:
-                self._busy = False
+        arguments.whole("min_new_tokens", min_new_tokens, 0)
+        processing = Processing(logits_processor, stopping_criteria, repetition_penalty, min_new_tokens, eos_ids)
+        if processing.needed:
+            for request in requests:
+                its_own = processing.for_request(request, self.device)
+                Controls([request], *its_own, stop=stop, eos_ids=eos_ids, device=self.device)
+        stats = self.run(
+            requests,
+            generation_strategy=generation_strategy,
+            exit_layer=exit_layer,
+            num_speculations=num_speculations,
+            eos_ids=eos_ids,
+            stop=stop,
+            streamer=streamer,
+            deterministic_prefill=deterministic_prefill,
+            output_logits=output_logits,
+        )
         sequences = [r.tokens for r in requests]
         text = None
         if self.tokenizer is not None:
@@ -221,7 +224,45 @@ class SelfSpeculativeDecoder:
                 0, self.config.vocab_size, device=self.device
             )  # an interrupted request may have no token
             logits = [torch.cat([none, *r.logits]) for r in requests]
-        return GenerationResult(sequences, text, reasons, generation.stats, logits)
+        return GenerationResult(sequences, text, reasons, stats, logits)
+
+    def run(
+        self,
+        requests: list[Request],
+        *,
+        generation_strategy: str = "self_speculative",
+        exit_layer: int | None = None,
+        num_speculations: int | None = None,
+        **options: Any,
+    ) -> GenerationStats:
+        """What `generate` and the integrations have in common: decode these requests, which receive the results."""
+        if generation_strategy not in STRATEGIES:
+            raise ValueError(f"generation_strategy={generation_strategy!r}: choose {', '.join(STRATEGIES)}")
+        exit_layer = arguments.exit_layer(exit_layer, self.config, self.exit_layer)
+        if exit_layer is None and generation_strategy != "autoregressive":
+            raise ValueError(f"generation_strategy={generation_strategy!r}: a model of 1 layer has no early exit")
+        drafts = arguments.speculations(num_speculations, self.num_speculations)
+        drafts = drafts if generation_strategy == "self_speculative" else 0
+        with self._lock:
+            if self._busy:
+                raise RuntimeError(
+                    "generate was called from its own streamer, processor or criterion; use a second decoder there"
+                )
+            self._busy = True
+            try:
+                generation = Generation(
+                    self.model,
+                    self._reserve(requests, drafts),
+                    requests,
+                    strategy=generation_strategy,
+                    exit_layer=exit_layer,
+                    drafts=drafts,
+                    **options,
+                )
+                generation.run()
+            finally:
+                self._busy = False
+        return generation.stats
 
     def _reserve(self, requests: list[Request], drafts: int) -> KVCache:
         """A cache that holds these requests: each P + max_new_tokens, and two rounds' windows beyond."""

@@ -10,10 +10,12 @@ import torch
 from layerskip_kernels.decode.batch import Batch, Request
 from layerskip_kernels.decode.buffers import Buffers, Round
 from layerskip_kernels.decode.cache import KVCache
+from layerskip_kernels.decode.controls import Controls
 from layerskip_kernels.decode.model import Model
-from layerskip_kernels.decode.prefill import prefill
+from layerskip_kernels.decode.prefill import prefill, sampling_for
 from layerskip_kernels.decode.result import GenerationStats
 from layerskip_kernels.decode.round import plain_round, self_speculative_round
+from layerskip_kernels.ops import Sampling
 
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
 
@@ -49,7 +51,9 @@ class Generation:
         self.batch = Batch(rows, model.device)
         sampled = requests[0].sampling is not None
         self.output_logits = output_logits
-        self.buffers = Buffers(model, self.batch, rows, self.drafts, sampled, output_logits)
+        self.control = self._control if requests[0].controls else None
+        self.needs_logits = output_logits or (self.control is not None and requests[0].controls.needs_logits)
+        self.buffers = Buffers(model, self.batch, rows, self.drafts, sampled, self.needs_logits)
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -59,7 +63,8 @@ class Generation:
         try:
             while waiting or len(self.batch):
                 while waiting and self.free_slots:
-                    self._start(waiting.popleft())
+                    together = len(waiting[0].controls.requests) if self.control else 1
+                    self._start([waiting.popleft() for _ in range(together)])
                 if len(self.batch):
                     self._round(eos_ids)
         except KeyboardInterrupt:
@@ -68,31 +73,48 @@ class Generation:
             if self.streamer is not None:
                 self.streamer.end()
 
-    def _start(self, request: Request) -> None:
+    def _start(self, requests: list[Request]) -> None:
+        """Prefill these requests and emit their first tokens; the controls of one are those of all."""
         started = time.perf_counter()
+        tokens, logprobs, logits = zip(*(self._prefill(request) for request in requests))
+        if self.control:
+            rows = [sampling_for(request, self.model.device) for request in requests]
+            sampling = rows[0] and Sampling(*(torch.cat(fields) for fields in zip(*rows)))
+            tokens = requests[0].controls.first(
+                list(tokens), torch.cat(logits) if self.needs_logits else None, sampling
+            )
+        self.stats.prefill_seconds += time.perf_counter() - started
+        self.stats.tokens += len(requests)
+        for request, token, logprob, row in zip(requests, tokens, logprobs, logits):
+            self._emit(request, [token], [logprob], row)
+            if request.finish_reason:
+                self._release(request)
+            else:
+                self.batch.add(request)
+
+    def _prefill(self, request: Request) -> tuple[int, float, torch.Tensor | None]:
         request.slot = self.free_slots.pop()
         if self.streamer is not None:
             self.streamer.put(torch.tensor(request.prompt))
         logits = None
-        if self.output_logits:
+        if self.needs_logits:
             logits = torch.empty(1, self.model.config.vocab_size, device=self.model.device)
         token, logprob = prefill(self.model, self.cache, request, self.last_layer, self.deterministic_prefill, logits)
-        self.stats.prefill_seconds += time.perf_counter() - started
-        self.stats.tokens += 1
-        self._emit(request, [token], [logprob], logits)
-        if request.finish_reason:
-            self.free_slots.append(request.slot)
-        else:
-            self.batch.add(request)
+        return token, logprob, logits
+
+    def _release(self, request: Request) -> None:
+        if request.keep_kv:
+            request.kv = self.cache.read(request.slot, len(request.prompt) + len(request.tokens) - 1)
+        self.free_slots.append(request.slot)
 
     def _round(self, eos_ids: torch.Tensor) -> None:
         started = time.perf_counter()
         longest = max(request.max_new_tokens - len(request.tokens) for request in self.batch.requests)
         r = self.buffers.round(min(self.drafts, longest - 1))
         if self.speculative:
-            self_speculative_round(self.model, self.cache, r, self.exit_layer, eos_ids, self.show_draft)
+            self_speculative_round(self.model, self.cache, r, self.exit_layer, eos_ids, self.show_draft, self.control)
         else:
-            plain_round(self.model, self.cache, r, self.last_layer, eos_ids)
+            plain_round(self.model, self.cache, r, self.last_layer, eos_ids, self.control)
         self._collect(r)
         self.stats.decode_seconds += time.perf_counter() - started
 
@@ -110,7 +132,14 @@ class Generation:
                 None if r.logits is None else r.logits[row],
             )
         for request in self.batch.drop_finished():
-            self.free_slots.append(request.slot)
+            self._release(request)
+
+    def _control(self, r: Round) -> None:
+        rows: dict[Controls, dict[int, int]] = {}
+        for row, request in enumerate(self.batch.requests):
+            rows.setdefault(request.controls, {})[request.controls.requests.index(request)] = row
+        for controls, its_rows in rows.items():
+            controls.advance(r, its_rows)
 
     def _show_draft(self, r: Round) -> None:
         if num_draft := r.num_draft.item():
@@ -125,6 +154,8 @@ class Generation:
         request.tokens += tokens
         if tokens[-1] in self.eos_ids:
             request.finish_reason = "eos"
+        elif request.controls is not None and request.controls.stops(request):
+            request.finish_reason = "stopping_criteria"
         elif len(request.tokens) >= request.max_new_tokens:
             request.finish_reason = "length"
         if (kept := self.stop(request, len(tokens))) is not None:
@@ -134,7 +165,7 @@ class Generation:
             del request.tokens[kept:]
             tokens = tokens[: len(tokens) - cut]
             request.finish_reason = "stop_string"
-        if logits is not None:
+        if self.output_logits:
             request.logits.append(logits[: len(tokens)].clone())
         if self.streamer is not None:
             self.streamer.put(torch.tensor(tokens))

@@ -14,15 +14,17 @@ CHUNK = 512  # fixed, so that a prompt is always cut in the same places
 def prefill(
     model: Model, cache: KVCache, request: Request, last_layer: int, deterministic: bool, logits: torch.Tensor | None
 ) -> tuple[int, float]:
-    """Layers [0, last_layer) over one prompt into its slot; the head on its last position only.
+    """Layers [0, last_layer) over one prompt into its slot, from `past_length` on; the head on its last position only.
 
     Returns the first new token and its log-probability. `logits` [1, V] float32 receives what it was chosen from.
     """
     device = cache.k.device
     prompt = torch.tensor(request.prompt, dtype=torch.int64, device=device)
     slot_ids = torch.tensor([request.slot], dtype=torch.int32, device=device)
-    many = len(prompt) >= SHORT_PROMPT and not deterministic
-    for start in range(0, len(prompt), CHUNK):
+    if request.past is not None:
+        cache.load(request.slot, request.past, request.past_length)
+    many = len(prompt) - request.past_length >= SHORT_PROMPT and not deterministic
+    for start in range(request.past_length, len(prompt), CHUNK):
         ids = prompt[start : start + CHUNK]
         hidden = model.weights.embedding[ids][None]
         positions = torch.arange(start, start + len(ids), dtype=torch.int32, device=device)[None]
@@ -62,4 +64,5 @@ def sampling_for(request: Request, device: torch.device) -> Sampling | None:
         stream=row(options.stream, torch.int64),
         top_k=row(options.top_k, torch.int64),
         top_p=row(options.top_p, torch.float32),
+        min_p=row(options.min_p, torch.float32),
     )

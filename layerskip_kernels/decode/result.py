@@ -57,7 +57,7 @@ class GenerationResult:
 
     sequences: list[list[int]]  # new tokens only, EOS included
     text: list[str] | None  # None without a tokenizer
-    finish_reasons: list[str]  # "eos", "length", "stop_string" or "interrupted"
+    finish_reasons: list[str]  # "eos", "length", "stop_string", "stopping_criteria" or "interrupted"
     stats: GenerationStats
     logits: list[torch.Tensor] | None = None  # [n, V] float32 each: what its tokens were chosen from; if asked for
 

@@ -22,22 +22,37 @@ def self_speculative_round(
     exit_layer: int,
     eos_ids: torch.Tensor,
     show_draft: Callable[[Round], None] | None = None,
+    control: Callable[[Round], None] | None = None,
 ) -> None:
-    """Draft with layers [0, exit_layer), verify with the rest, accept, roll back."""
+    """Draft with layers [0, exit_layer), verify with the rest, accept, roll back.
+
+    `control` may replace the model's own tokens, and end sequences, before they are emitted.
+    """
     begin(model, r)
     draft(model, cache, r, exit_layer)
     if show_draft is not None:
         show_draft(r)
     verify(model, cache, r, exit_layer)
+    if control is not None:
+        control(r)
     accept(model, r, eos_ids)
     roll_back(model, cache, r)
 
 
-def plain_round(model: Model, cache: KVCache, r: Round, last_layer: int, eos_ids: torch.Tensor) -> None:
+def plain_round(
+    model: Model,
+    cache: KVCache,
+    r: Round,
+    last_layer: int,
+    eos_ids: torch.Tensor,
+    control: Callable[[Round], None] | None = None,
+) -> None:
     """One token by layers [0, last_layer): autoregressive decoding, or early exit. A round without drafts."""
     begin(model, r)
     step(model, cache, r, 0, last_layer)
     choose(model, r)
+    if control is not None:
+        control(r)
     accept(model, r, eos_ids)
     roll_back(model, cache, r)
 

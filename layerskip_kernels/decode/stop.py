@@ -25,7 +25,14 @@ class StopStrings:
             return None
         tokens = request.tokens
         for end in range(len(tokens) - new + 1, len(tokens) + 1):
-            text = self.tokenizer.decode(tokens[max(0, end - self.reach) : end])
-            if any(s in text for s in self.strings):
+            if self._found_in(tokens[max(0, end - self.reach) : end]):
                 return end
         return None
+
+    def completed_by_last(self, tokens: list[int]) -> bool:
+        """Whether a stop string is in the text of `tokens`; it is not in that of all but the last."""
+        return bool(self.strings) and self._found_in(tokens[-self.reach :])
+
+    def _found_in(self, tokens: list[int]) -> bool:
+        text = self.tokenizer.decode(tokens)
+        return any(s in text for s in self.strings)

@@ -47,12 +47,21 @@ def lowest_argmax(scores):
 
 def perturb(scores, sampling):
     """Scores whose arg-max draws from softmax(filtered(scores / temperature)); rows of temperature 0 as they are."""
+    return process(scores, sampling) + sampling_noise(sampling, scores.shape[-1])
+
+
+def process(scores, sampling):
+    """Scores divided by temperature, then filtered; rows of temperature 0 as they are."""
     temperature = sampling.temperature[:, None]
     greedy = temperature == 0
-    filtered = filter_scores(scores / torch.where(greedy, 1, temperature), sampling)
+    return torch.where(greedy, scores, filter_scores(scores / torch.where(greedy, 1, temperature), sampling))
+
+
+def sampling_noise(sampling, vocab):
+    """Gumbel noise [N, V] of the rows; zero in rows of temperature 0."""
     stream = torch.zeros_like(sampling.seed) if sampling.stream is None else sampling.stream
-    noise = gumbel_noise(sampling.seed, stream, sampling.position, scores.shape[-1])
-    return torch.where(greedy, scores, filtered + noise)
+    noise = gumbel_noise(sampling.seed, stream, sampling.position, vocab)
+    return torch.where(sampling.temperature[:, None] == 0, 0, noise)
 
 
 def filter_scores(scores, sampling):

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from layerskip_kernels.decode.batch import Request
+
+
+class Processing:
+    """What `generate` was told about logits processors and stopping criteria; transformers' own do the work."""
+
+    def __init__(self, logits_processor, stopping_criteria, repetition_penalty: float, min_new_tokens: int, eos_ids):
+        self.processors = _callables("logits_processor", logits_processor)
+        self.criteria = _callables("stopping_criteria", stopping_criteria)
+        if isinstance(repetition_penalty, bool) or not isinstance(repetition_penalty, (int, float)):
+            raise TypeError(f"repetition_penalty={repetition_penalty!r}: must be a number above 0, 1 is off")
+        if not 0 < repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty={repetition_penalty}: must be above 0, 1 is off")
+        self.repetition_penalty, self.min_new_tokens, self.eos_ids = repetition_penalty, min_new_tokens, eos_ids
+
+    @property
+    def needed(self) -> bool:
+        return bool(self.criteria or self.processors or self.repetition_penalty != 1 or self._delays_eos)
+
+    @property
+    def _delays_eos(self) -> bool:
+        return self.min_new_tokens > 0 and bool(self.eos_ids)
+
+    def for_request(self, request: Request, device) -> tuple[Callable | None, Callable | None]:
+        """Processors and criteria, each None where there is none; in transformers' order."""
+        from transformers import LogitsProcessorList, StoppingCriteriaList
+        from transformers.generation import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+        processors = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if self._delays_eos:
+            processors.append(
+                MinNewTokensLengthLogitsProcessor(
+                    len(request.prompt), self.min_new_tokens, list(self.eos_ids), device=str(device)
+                )
+            )
+        processors += self.processors
+        return processors or None, StoppingCriteriaList(self.criteria) or None
+
+
+def _callables(name: str, value: Any) -> Sequence[Callable]:
+    """A single one, or several in a list such as `LogitsProcessorList`, which can be called too."""
+    items = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    for item in items:
+        if not callable(item):
+            raise TypeError(
+                f"{name}: {type(item).__name__} can't be called, give functions as transformers defines them"
+            )
+    return items
