@@ -20,20 +20,9 @@ def decoder_of(family="llama3", dtype=torch.bfloat16, **kwargs):
 
 
 def logits_of(decoder, prompts, **options):
-    """Tokens, and for each the bits of the log-probability it was chosen with."""
-    records = {}
-    original = generate.Generation._emit
-
-    def spy(self, request, tokens, logprobs):
-        records.setdefault(tuple(request.prompt), []).extend(logprobs)
-        original(self, request, tokens, logprobs)
-
-    generate.Generation._emit = spy
-    try:
-        result = decoder.generate(prompts, max_new_tokens=NEW, eos_token_id=[], **options)
-    finally:
-        generate.Generation._emit = original
-    return result.sequences, [records[tuple(p)] for p in prompts]
+    """Tokens, and the logits each was chosen from."""
+    result = decoder.generate(prompts, max_new_tokens=NEW, eos_token_id=[], output_logits=True, **options)
+    return result.sequences, [logits.tolist() for logits in result.logits]
 
 
 def test_cpu_tensors_decode_on_the_native_backend():

@@ -19,6 +19,7 @@ from layerskip_kernels.decode.processors import Processing
 from layerskip_kernels.decode.prompts import encode
 from layerskip_kernels.decode.result import GenerationResult, GenerationStats
 from layerskip_kernels.decode.stop import StopStrings
+from layerskip_kernels.decode.workspace import Workspace
 
 log = logging.getLogger("layerskip_kernels")
 
@@ -48,7 +49,7 @@ class SelfSpeculativeDecoder:
         )
         self.max_batch_size = arguments.whole("max_batch_size", max_batch_size, 1)
         self.max_length = None if max_length is None else arguments.whole("max_length", max_length, 2)
-        self._cache: KVCache | None = None
+        self._workspace: Workspace | None = None
         self._lock = threading.RLock()
         self._busy = False
 
@@ -251,7 +252,6 @@ class SelfSpeculativeDecoder:
             self._busy = True
             try:
                 generation = Generation(
-                    self.model,
                     self._reserve(requests, drafts),
                     requests,
                     strategy=generation_strategy,
@@ -264,7 +264,7 @@ class SelfSpeculativeDecoder:
                 self._busy = False
         return generation.stats
 
-    def _reserve(self, requests: list[Request], drafts: int) -> KVCache:
+    def _reserve(self, requests: list[Request], drafts: int) -> Workspace:
         """A cache that holds these requests: each P + max_new_tokens, and two rounds' windows beyond."""
         for i, request in enumerate(requests):
             length = len(request.prompt) + request.max_new_tokens
@@ -282,11 +282,13 @@ class SelfSpeculativeDecoder:
             )
         capacity = longest + 2 * (drafts + 1)
         slots = min(self.max_batch_size, len(requests))
-        have = self._cache
+        have = self._workspace and self._workspace.cache
         if have is None or have.slots < slots or have.capacity < capacity:
-            self._cache = None  # free the old one first
+            self._workspace = None  # free the old one first
             capacity = max(-(-capacity // CAPACITY_STEP) * CAPACITY_STEP, have.capacity if have else 0)
             slots = max(slots, have.slots if have else 0)
-            self._cache = KVCache(self.config, slots, capacity, self.dtype, self.device)
+            have = None
+            cache = KVCache(self.config, slots, capacity, self.dtype, self.device)
             self.model.rope.reserve(capacity)
-        return self._cache
+            self._workspace = Workspace(self.model, cache)
+        return self._workspace

@@ -2,19 +2,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from layerskip_kernels.decode.batch import Batch, Request
-from layerskip_kernels.decode.buffers import Buffers, Round
-from layerskip_kernels.decode.cache import KVCache
+from layerskip_kernels.decode.batch import Request
+from layerskip_kernels.decode.buffers import Round
 from layerskip_kernels.decode.controls import Controls
-from layerskip_kernels.decode.model import Model
 from layerskip_kernels.decode.prefill import prefill, sampling_for
 from layerskip_kernels.decode.result import GenerationStats
 from layerskip_kernels.decode.round import plain_round, self_speculative_round
+from layerskip_kernels.decode.workspace import Workspace
 from layerskip_kernels.ops import Sampling
 
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
@@ -25,8 +24,7 @@ class Generation:
 
     def __init__(
         self,
-        model: Model,
-        cache: KVCache,
+        workspace: Workspace,
         requests: list[Request],
         *,
         strategy: str,
@@ -38,35 +36,37 @@ class Generation:
         deterministic_prefill: bool,
         output_logits: bool,
     ):
-        self.model, self.cache, self.requests = model, cache, requests
+        self.model, self.cache, self.batch = workspace.model, workspace.cache, workspace.batch
+        self.requests = requests
         self.speculative = strategy == "self_speculative"
         self.exit_layer, self.drafts = exit_layer, drafts if self.speculative else 0
-        self.last_layer = exit_layer if strategy == "early_exit" else model.config.num_layers
-        self.eos_ids, self.stop, self.streamer = eos_ids, stop, streamer
+        self.last_layer = exit_layer if strategy == "early_exit" else self.model.config.num_layers
+        self.eos_ids, self.stop, self.streamer = workspace.eos_ids(eos_ids), stop, streamer
+        self.eos = frozenset(eos_ids)
         self.show_draft = self._show_draft if hasattr(streamer, "put_draft") else None
         self.deterministic_prefill = deterministic_prefill
         self.stats = GenerationStats(drafted_at=[0] * self.drafts, accepted_at=[0] * self.drafts)
-        rows = min(cache.slots, len(requests))
-        self.free_slots = list(reversed(range(rows)))
-        self.batch = Batch(rows, model.device)
+        self.free_slots = list(reversed(range(min(self.cache.slots, len(requests)))))
+        self.batch.requests.clear()  # of a call that failed
         sampled = requests[0].sampling is not None
         self.output_logits = output_logits
         self.control = self._control if requests[0].controls else None
         self.needs_logits = output_logits or (self.control is not None and requests[0].controls.needs_logits)
-        self.buffers = Buffers(model, self.batch, rows, self.drafts, sampled, self.needs_logits)
+        self.buffers, self.graphs = workspace.rounds(self.drafts, sampled, self.needs_logits)
+        if self.control or self.show_draft:  # the host looks into the round
+            self.graphs = None
+        self.lag = self.graphs.device.LAG if self.graphs else 0
 
     @torch.inference_mode()
     def run(self) -> None:
         """Until every request has a finish reason; after Ctrl-C the open ones have "interrupted"."""
         waiting = deque(self.requests)
-        eos_ids = torch.tensor(self.eos_ids, dtype=torch.int64, device=self.model.device)
         try:
             while waiting or len(self.batch):
                 while waiting and self.free_slots:
                     together = len(waiting[0].controls.requests) if self.control else 1
                     self._start([waiting.popleft() for _ in range(together)])
-                if len(self.batch):
-                    self._round(eos_ids)
+                self._decode()
         except KeyboardInterrupt:
             for request in self.requests:
                 request.finish_reason = request.finish_reason or "interrupted"
@@ -107,32 +107,54 @@ class Generation:
             request.kv = self.cache.read(request.slot, len(request.prompt) + len(request.tokens) - 1)
         self.free_slots.append(request.slot)
 
-    def _round(self, eos_ids: torch.Tensor) -> None:
-        started = time.perf_counter()
-        longest = max(request.max_new_tokens - len(request.tokens) for request in self.batch.requests)
-        r = self.buffers.round(min(self.drafts, longest - 1))
-        if self.speculative:
-            self_speculative_round(self.model, self.cache, r, self.exit_layer, eos_ids, self.show_draft, self.control)
-        else:
-            plain_round(self.model, self.cache, r, self.last_layer, eos_ids, self.control)
-        self._collect(r)
-        self.stats.decode_seconds += time.perf_counter() - started
-
-    def _collect(self, r: Round) -> None:
-        """Hand the round's tokens to their requests; free the slots of those that ended."""
-        tokens = r.verified.tokens.tolist()
-        counts = zip(r.num_draft.tolist(), r.verified.num_emitted.tolist(), r.verified.num_accepted.tolist())
-        logprobs = r.target_logprob.tolist()
-        for row, (request, (num_draft, num_emitted, num_accepted)) in enumerate(zip(self.batch.requests, counts)):
-            self.stats.count_round(num_draft, num_emitted, num_accepted)
-            self._emit(
-                request,
-                tokens[row][:num_emitted],
-                logprobs[row][:num_emitted],
-                None if r.logits is None else r.logits[row],
-            )
+    def _decode(self) -> None:
+        """Rounds of the running sequences until one of them ends. On a GPU the next one starts before one is read."""
+        launched: deque[tuple[Round, Callable[[], Sequence[torch.Tensor]]]] = deque()
+        ended = not len(self.batch)
+        while launched or not ended:
+            started = time.perf_counter()
+            if not ended:
+                launched.append(self._launch())
+            if ended or len(launched) > self.lag:
+                ended = self._collect(*launched.popleft()) or ended
+            self.stats.decode_seconds += time.perf_counter() - started
         for request in self.batch.drop_finished():
             self._release(request)
+
+    def _launch(self) -> tuple[Round, Callable[[], Sequence[torch.Tensor]]]:
+        """Start a round; returns it with what waits for its results."""
+        drafts = self.drafts
+        if not self.graphs:  # whose rounds are all of one width
+            drafts = min(drafts, max(r.max_new_tokens - len(r.tokens) for r in self.batch.requests) - 1)
+        r = self.buffers.round(drafts)
+        results = (r.verified.tokens, r.target_logprob, r.num_draft, r.verified.num_emitted, r.verified.num_accepted)
+        if not self.graphs:
+            self._run_round(r)
+            return r, lambda: results
+        kind = self.speculative, self.exit_layer, self.last_layer, self.eos_ids.data_ptr(), len(self.batch)
+        self.graphs.run(kind, lambda: self._run_round(r))
+        return r, self.graphs.device.fetch(results)
+
+    def _run_round(self, r: Round) -> None:
+        if self.speculative:
+            self_speculative_round(
+                self.model, self.cache, r, self.exit_layer, self.eos_ids, self.show_draft, self.control
+            )
+        else:
+            plain_round(self.model, self.cache, r, self.last_layer, self.eos_ids, self.control)
+
+    def _collect(self, r: Round, wait: Callable[[], Sequence[torch.Tensor]]) -> bool:
+        """Hand a round's tokens to their requests; True when one of them ended."""
+        rows = zip(*(tensor.tolist() for tensor in wait()))
+        for row, (request, (tokens, logprobs, num_draft, num_emitted, num_accepted)) in enumerate(
+            zip(self.batch.requests, rows)
+        ):
+            if request.finish_reason:  # in the round before, when this one was on its way
+                continue
+            self.stats.count_round(num_draft, num_emitted, num_accepted)
+            logits = None if r.logits is None else r.logits[row]
+            self._emit(request, tokens[:num_emitted], logprobs[:num_emitted], logits)
+        return any(request.finish_reason for request in self.batch.requests)
 
     def _control(self, r: Round) -> None:
         rows: dict[Controls, dict[int, int]] = {}
@@ -152,7 +174,7 @@ class Generation:
                 f"checkpoint's weights are damaged or overflow in {str(self.model.dtype).removeprefix('torch.')}"
             )
         request.tokens += tokens
-        if tokens[-1] in self.eos_ids:
+        if tokens[-1] in self.eos:
             request.finish_reason = "eos"
         elif request.controls is not None and request.controls.stops(request):
             request.finish_reason = "stopping_criteria"

@@ -110,8 +110,9 @@ def accept(model: Model, r: Round, eos_ids: torch.Tensor) -> None:
         out=r.verified,
     )
     r.remaining.sub_(r.verified.num_emitted)
-    torch.sub(r.verified.num_emitted, 1, out=r.last)
-    torch.gather(r.verified.tokens, 1, r.last[:, None], out=r.pending[:, None])
+    # Of a sequence that had ended, which the host may not have seen yet, any token does.
+    torch.sub(r.verified.num_emitted, 1, out=r.last).clamp_(min=0)
+    torch.gather(r.verified.tokens, 1, r.last[:, None], out=r.pending[:, None]).clamp_(min=0)
 
 
 def roll_back(model: Model, cache: KVCache, r: Round) -> None:

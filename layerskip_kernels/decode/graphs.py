@@ -1,0 +1,63 @@
+"""Rounds as CUDA graphs: all kernels of a round in one launch, and the host one round behind the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+
+class CudaDevice:
+    """What rounds need of a GPU beyond its kernels. Tests put another in its place."""
+
+    LAG = 1  # rounds that the host is behind
+
+    def __init__(self) -> None:
+        self._pool = None
+
+    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Records the kernels that `body` launches, without running them; returns what launches them all at once.
+
+        All graphs use one pool of memory for their temporaries, since they never run side by side.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # other threads may allocate and wait meanwhile: they have their own decoders
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            body()
+        self._pool = graph.pool()
+        return graph.replay
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """Starts copies to pinned memory, behind what was launched; returns what waits for them and gives them."""
+        copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> list[torch.Tensor]:
+            done.synchronize()
+            return copies
+
+        return wait
+
+
+class RoundGraphs:
+    """Runs rounds over static tensors; from its second run on, a round is the replay of its graph.
+
+    The first run loads kernels, which must not happen during a capture. Graphs hold addresses: a round's key must tell
+    apart whatever has other tensors, or other numbers in its launches.
+    """
+
+    def __init__(self, device: CudaDevice):
+        self.device = device
+        self._replay: dict[Hashable, Callable[[], None] | None] = {}
+
+    def run(self, key: Hashable, body: Callable[[], None]) -> None:
+        """Does what `body()` does, which neither waits for the device nor reads from it."""
+        if key not in self._replay:
+            body()
+            self._replay[key] = None
+            return
+        replay = self._replay[key]
+        if replay is None:
+            replay = self._replay[key] = self.device.capture(body)
+        replay()

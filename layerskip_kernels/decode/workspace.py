@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import torch
+
+from layerskip_kernels.decode.batch import Batch
+from layerskip_kernels.decode.buffers import Buffers
+from layerskip_kernels.decode.cache import KVCache
+from layerskip_kernels.decode.graphs import CudaDevice, RoundGraphs
+from layerskip_kernels.decode.model import Model
+
+
+class Workspace:
+    """What a decoder keeps from call to call: the cache, and by kind of round its tensors and graphs.
+
+    So a call like an earlier one allocates nothing, and on a GPU replays the graphs that were captured then.
+    """
+
+    def __init__(self, model: Model, cache: KVCache):
+        self.model, self.cache = model, cache
+        self.batch = Batch(cache.slots, model.device)
+        self.device = CudaDevice() if model.device.type == "cuda" else None
+        self._rounds: dict[tuple[int, bool], tuple[Buffers, RoundGraphs | None]] = {}
+        self._eos_ids: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def rounds(self, drafts: int, sampled: bool, logits: bool) -> tuple[Buffers, RoundGraphs | None]:
+        """Tensors, and where there is a GPU graphs, of rounds of up to `drafts` drafts."""
+        if logits:  # [rows, K+1, V]: too large to keep
+            return Buffers(self.model, self.batch, self.cache.slots, drafts, sampled, logits), None
+        key = drafts, sampled
+        if key not in self._rounds:
+            buffers = Buffers(self.model, self.batch, self.cache.slots, drafts, sampled, logits)
+            self._rounds[key] = buffers, self.device and RoundGraphs(self.device)
+        return self._rounds[key]
+
+    def eos_ids(self, ids: tuple[int, ...]) -> torch.Tensor:
+        """They stay where they are, for the graphs that read them."""
+        if ids not in self._eos_ids:
+            self._eos_ids[ids] = torch.tensor(ids, dtype=torch.int64, device=self.model.device)
+        return self._eos_ids[ids]
