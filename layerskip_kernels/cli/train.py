@@ -143,27 +143,29 @@ def finish(trainer: Any, options: dict[str, Any]) -> None:
     import torch
 
     from layerskip_kernels import SelfSpeculativeDecoder
-    from layerskip_kernels.training import exits
+    from layerskip_kernels.measure import lens, settings
+    from layerskip_kernels.measure.timing import fastest
     from layerskip_kernels.training.run import save
 
     folder = options["output_dir"]
     model = save(trainer, folder, getattr(torch, options["dtype"]))
     rows = [row["input_ids"] for row in trainer.eval_dataset.select(range(min(len(trainer.eval_dataset), 256)))]
-    report = exits.layer_reports(model, rows)
-    decoder = SelfSpeculativeDecoder.from_model(model, tokenizer=trainer.processing_class)
+    # one prompt at a time: the setting that is recorded is the fastest for one
+    decoder = SelfSpeculativeDecoder.from_model(model, tokenizer=trainer.processing_class, max_batch_size=1)
+    report = lens.layer_reports(lens.read_all(decoder, rows))
     length = min(64, options["sequence_length"] // 2)
     prompts = [row[:length] for row in rows[: options["measure_texts"]]]
     texts = decoder.generate(prompts, max_new_tokens=length, generation_strategy="autoregressive").sequences
-    found = exits.settings(model, [exits.agreements(model, p, text) for p, text in zip(prompts, texts)])
+    found = settings.settings(decoder, [lens.read(decoder, p, text).drafts() for p, text in zip(prompts, texts)])
     if not found:
         raise CliError(
             "the model ends every held-out text at once, so no exit can be measured; the checkpoint is saved"
         )
     choices = found[:_SETTINGS_TIMED]
-    timed = exits.fastest(decoder, prompts[:4], choices, max_new_tokens=length, repeats=3)
+    timed = fastest(decoder, prompts[:4], choices, max_new_tokens=length, repeats=3)
     best = next(choice for choice, _ in timed if choice)
     speeds = {choice: speed for choice, speed in timed}
-    exits.record(
+    settings.record(
         folder,
         best,
         report,

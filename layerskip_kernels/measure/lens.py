@@ -1,0 +1,148 @@
+"""The logit lens: what a model would say after each of its layers (arXiv 2404.16710, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels.decode.batch import SamplingOptions
+from layerskip_kernels.decode.cache import KVCache
+from layerskip_kernels.decode.model import Model
+from layerskip_kernels.decode.prefill import CHUNK, SHORT_PROMPT
+from layerskip_kernels.ops import ExitHead, Sampling
+
+WINDOW = 64  # the widest window of the decoding kernels; heads run on as many rows
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Every exit's prediction of N tokens of a text, each given all true tokens before it."""
+
+    text: Tensor  # [N] int64: the tokens that came
+    tokens: Tensor  # [L, N] int64: what the model would have said, leaving after layer l + 1
+    entropy: Tensor  # [L, N] float32: of that prediction, in nats
+    logprob: Tensor  # [L, N] float32: of the token that came
+
+    def agreement(self) -> Tensor:
+        """[L, N] bool: the exit says what the last layer says."""
+        return self.tokens == self.tokens[-1]
+
+    def first_stable_layer(self) -> Tensor:
+        """[N] int64, 1..L: the earliest exit from which on all say what the last layer says."""
+        return len(self.tokens) + 1 - self.agreement().flip(0).long().cumprod(0).sum(0)
+
+    def drafts(self) -> list[list[bool]]:
+        """[L][N]: whether the exit drafts the token that came."""
+        return (self.tokens == self.text).tolist()
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One exit on a text: leaving after `layer` layers."""
+
+    layer: int
+    loss: float  # cross entropy in nats per token, teacher forced
+    agreement: float  # share of positions where its token is the last layer's, teacher forced
+    entropy: float  # of its predictions, mean in nats
+
+
+def layer_reports(lenses: Sequence[Lens]) -> list[LayerReport]:
+    """Loss, agreement and entropy of every exit over several texts. Raises ValueError when they hold no token."""
+    count = sum(len(lens.text) for lens in lenses)
+    if not count:
+        raise ValueError("there is no text of two tokens or more to measure on")
+    loss, agreed, entropy = (
+        (sum(part.double().sum(1) for part in parts) / count).tolist()
+        for parts in zip(*((-lens.logprob, lens.agreement(), lens.entropy) for lens in lenses))
+    )
+    return [LayerReport(layer, *values) for layer, values in enumerate(zip(loss, agreed, entropy), 1)]
+
+
+@torch.inference_mode()
+def read(
+    decoder, prompt: Sequence[int], continuation: Sequence[int] = (), sampling: SamplingOptions | None = None
+) -> Lens:
+    """Looks at the `continuation` of a prompt, or without one at the prompt itself, from its second token on.
+
+    The continuation runs through the kernels that decode, in their numbers: on a text that `decoder` generated, the
+    last exit says exactly its tokens, and every other exit exactly what it would have drafted there. With `sampling`
+    the exits draw their tokens, with the noise that decoding has at the same positions.
+    """
+    model: Model = decoder.model
+    ids = torch.tensor([*prompt, *continuation], dtype=torch.int64, device=model.device)
+    prompt_length, first = (len(prompt), len(prompt) - 1) if continuation else (len(prompt) - 1, 0)
+    cache = KVCache(model.config, 1, len(ids), model.dtype, model.device)
+    model.rope.reserve(len(ids))
+    pieces = []
+    for start, stop, prefill in _pieces(prompt_length, len(ids) - 1):
+        positions = torch.arange(start, stop, dtype=torch.int32, device=model.device)[None]
+        where = dict(
+            lengths=positions[:, 0].clone(),
+            positions=positions,
+            inv_freq=_inv_freq(model, positions, prompt_length),
+            slot_ids=torch.zeros(1, dtype=torch.int32, device=model.device),
+        )
+        skip = min(max(first - start, 0), stop - start)
+        hidden = model.weights.embedding[ids[start:stop]][None]
+        rows = []
+        for layer in range(model.config.num_layers):
+            model.run_layers(layer, layer + 1, hidden, cache, prefill=prefill, **where)
+            rows.append(_predict(model, hidden[0, skip:], ids[start + skip + 1 : stop + 1], start + skip + 1, sampling))
+        pieces.append([torch.stack(part) for part in zip(*rows)])
+    return Lens(ids[first + 1 :].cpu(), *(torch.cat(part, 1) for part in zip(*pieces)))
+
+
+def read_all(decoder, rows: Iterable[Sequence[int]]) -> list[Lens]:
+    """Every row of token ids that has something to predict, read as it is."""
+    return [read(decoder, row) for row in rows if len(row) > 1]
+
+
+def _pieces(prompt: int, total: int) -> Iterator[tuple[int, int, bool]]:
+    """(start, stop, prefill) as decoding would run them: the prompt as prefill does, the rest in windows."""
+    for start in range(0, prompt, CHUNK):
+        yield start, min(start + CHUNK, prompt), prompt >= SHORT_PROMPT
+    for start in range(prompt, total, WINDOW):
+        yield start, min(start + WINDOW, total), False
+
+
+def _inv_freq(model: Model, positions: Tensor, prompt_length: int) -> Tensor:
+    if positions[0, 0] < prompt_length:
+        return model.rope.prefill(prompt_length)
+    return model.rope.rows(positions) if model.rope.position_dependent else model.rope.inv_freq
+
+
+def _predict(
+    model: Model, hidden: Tensor, targets: Tensor, position: int, sampling: SamplingOptions | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, entropies and the targets' log-probabilities, [N] each on the CPU, for hidden [N, C]."""
+    device, vocab = model.device, model.config.vocab_size
+    tokens = torch.empty(len(hidden), dtype=torch.int64)
+    entropy, logprob = torch.empty(len(hidden)), torch.empty(len(hidden))
+    for start in range(0, len(hidden), WINDOW):
+        part = slice(start, start + WINDOW)
+        rows = hidden[part]
+        out = ExitHead(
+            torch.empty(len(rows), dtype=torch.int64, device=device),
+            torch.empty(len(rows), dtype=torch.float32, device=device),
+            torch.empty(len(rows), dtype=torch.float32, device=device),
+        )
+        logits = torch.empty(len(rows), vocab, device=device)
+        noise = sampling and _sampling(sampling, position + start, len(rows), device)
+        model.head(rows, noise, out, logits)
+        logp = logits.log_softmax(-1)
+        tokens[part] = out.token.cpu()
+        entropy[part] = -(logp.exp() * logp).nan_to_num(0.0).sum(-1).cpu()
+        logprob[part] = logp.gather(1, targets[part, None])[:, 0].cpu()
+    return tokens, entropy, logprob
+
+
+def _sampling(options: SamplingOptions, position: int, rows: int, device: torch.device) -> Sampling:
+    """The noise of `rows` tokens of one request, the first of them at `position`."""
+    dtypes = dict(
+        temperature=torch.float32, seed=torch.int64, stream=torch.int64, top_k=torch.int64, top_p=torch.float32
+    )
+    values = {name: torch.full((rows,), getattr(options, name), dtype=t, device=device) for name, t in dtypes.items()}
+    return Sampling(position=torch.arange(position, position + rows, device=device), **values)
