@@ -21,7 +21,14 @@ def test_help_comes_without_torch_and_transformers():
         "try: main(sys.argv[1:])\n"
         "finally: print('heavy:', {'torch', 'transformers', 'numpy'} & set(sys.modules))"
     )
-    for arguments in (["--help"], ["generate", "--help"], ["doctor", "--help"], ["train", "--help"], ["--version"]):
+    for arguments in (
+        ["--help"],
+        ["generate", "--help"],
+        ["doctor", "--help"],
+        ["train", "--help"],
+        ["inspect", "--help"],
+        ["--version"],
+    ):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith("heavy: set()\n")
@@ -32,7 +39,7 @@ def test_python_m_is_the_command():
     assert done.stdout == f"layerskip {lk.__version__}\n"
     done = subprocess.run([sys.executable, "-m", "layerskip_kernels", "genrate"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "No such command 'genrate', choose from doctor, generate, train." in done.stderr
+    assert "No such command 'genrate', choose from doctor, generate, inspect, train." in done.stderr
 
 
 def test_doctor_says_what_every_backend_and_op_does_here():

@@ -8,6 +8,7 @@ from layerskip_kernels import __version__
 from layerskip_kernels.cli.doctor import doctor
 from layerskip_kernels.cli.errors import INTERRUPTED
 from layerskip_kernels.cli.generate import generate
+from layerskip_kernels.cli.inspect import inspect
 from layerskip_kernels.cli.train import train
 
 
@@ -34,6 +35,7 @@ def app(debug: bool) -> None:
 
 app.add_command(generate)
 app.add_command(train)
+app.add_command(inspect)
 app.add_command(doctor)
 
 
