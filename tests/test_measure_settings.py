@@ -6,7 +6,7 @@ import pytest
 from tiny_models import tiny_checkpoint, tiny_model
 
 import layerskip_kernels as lk
-from layerskip_kernels.decode.arguments import sampling
+from layerskip_kernels.decode.batch import SamplingOptions
 from layerskip_kernels.measure import lens
 from layerskip_kernels.measure.settings import Setting, record, settings, simulate
 
@@ -25,7 +25,7 @@ def test_simulated_rounds_are_those_of_decoding(model, sample):
     decoder = lk.SelfSpeculativeDecoder.from_model(model)
     options = dict(max_new_tokens=NEW, eos_token_id=[], sample=sample, seed=[3] * len(PROMPTS))
     texts = decoder.generate(PROMPTS, generation_strategy="autoregressive", **options).sequences
-    noise = sampling(1, sample, 0.6, 0, 0.9, [3])[0]
+    noise = SamplingOptions(0.6, 0, 0.9, seed=3, stream=0) if sample else None
     agreed = [lens.read(decoder, prompt, text, noise).drafts() for prompt, text in zip(PROMPTS, texts)]
     assert all(all(text[-1]) for text in agreed)  # the last exit is the model
     options["seed"] = [3]

@@ -142,7 +142,12 @@ def _predict(
 def _sampling(options: SamplingOptions, position: int, rows: int, device: torch.device) -> Sampling:
     """The noise of `rows` tokens of one request, the first of them at `position`."""
     dtypes = dict(
-        temperature=torch.float32, seed=torch.int64, stream=torch.int64, top_k=torch.int64, top_p=torch.float32
+        temperature=torch.float32,
+        seed=torch.int64,
+        stream=torch.int64,
+        top_k=torch.int64,
+        top_p=torch.float32,
+        min_p=torch.float32,
     )
     values = {name: torch.full((rows,), getattr(options, name), dtype=t, device=device) for name, t in dtypes.items()}
     return Sampling(position=torch.arange(position, position + rows, device=device), **values)
