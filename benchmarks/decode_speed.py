@@ -1,17 +1,23 @@
-"""Decoding speed beside transformers' `generate`: same weights, prompt and threads, taken in turns.
+"""Decoding speed beside transformers' `generate`: same weights, prompts and threads or GPU, taken in turns.
 
+    python benchmarks/decode_speed.py                                # the demo model
     python benchmarks/decode_speed.py --model build/smollm2 --exit_layer 20 --num_speculations 2
     python benchmarks/decode_speed.py --shape llama3.2-1b --exit_layer 4 --num_speculations 4 6
+    python benchmarks/decode_speed.py --shape llama3-8b --device cuda --batch 16 --backend triton --peers compiled
 
 A `--shape` has random weights; what its layers from --exit_layer on add is scaled by --late_scale, so that the early
 exit agrees with the last layer at a rate of choice ("acceptance-controlled": it shows speed at an acceptance, no text).
 Each round runs every contender once and probes the read bandwidth before and after. Medians over the rounds: tokens per
-second of decoding alone, and the bytes of weights that one token needs as a share of the bandwidth.
+second of decoding alone, all sequences together, and the weights' bytes per step as a share of the bandwidth. The
+ceiling is what self-speculative decoding would gain at the acceptance it had if time were bytes of weights.
 """
 
 import argparse
+import json
 import statistics
 import time
+from itertools import chain
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -19,6 +25,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import layerskip_kernels as lk
+from layerskip_kernels.models.hub import checkpoint_folder
 
 SHAPES = {
     "llama3.2-1b": dict(
@@ -32,16 +39,30 @@ SHAPES = {
         tie_word_embeddings=True,
         max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    )
+    ),
+    "llama3-8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    ),
 }
+PEERS = {"transformers": {}, "compiled": {"cache_implementation": "static"}}  # options of their `generate`
 
 
-def random_model(shape: str, exit_layer: int, late_scale: float, dtype: torch.dtype) -> LlamaForCausalLM:
+def random_model(shape: str, exit_layer: int, late_scale: float, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None))
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None))
     finally:
         torch.set_default_dtype(previous)
     with torch.no_grad():
@@ -52,73 +73,95 @@ def random_model(shape: str, exit_layer: int, late_scale: float, dtype: torch.dt
 
 
 def bandwidth(data: torch.Tensor) -> float:
-    """Bytes per second of summing `data` with all threads: the best of three."""
+    """Bytes per second of summing `data`: the best of three."""
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        data.sum()
+        data.sum().item()
         times.append(time.perf_counter() - started)
     return data.nbytes / min(times)
 
 
-def transformers_speed(model, prompt: torch.Tensor, tokens: int, **options) -> tuple[float, list[int]]:
+def transformers_speed(model, prompts: torch.Tensor, tokens: int, **options) -> tuple[float, list[list[int]]]:
     """Tokens per second of decoding: the time of `tokens` new tokens less that of one."""
     options = dict(do_sample=False, eos_token_id=None, pad_token_id=0, **options)
 
-    def run(new: int) -> tuple[float, torch.Tensor]:
+    def run(new: int) -> tuple[float, list[list[int]]]:
         started = time.perf_counter()
-        output = model.generate(prompt, min_new_tokens=new, max_new_tokens=new, **options)
-        return time.perf_counter() - started, output
+        output = model.generate(prompts, min_new_tokens=new, max_new_tokens=new, **options)
+        answers = output[:, prompts.shape[1] :].tolist()
+        return time.perf_counter() - started, answers
 
     first, _ = run(1)
-    total, output = run(tokens)
-    return (tokens - 1) / (total - first), output[0, prompt.shape[1] :].tolist()
+    total, answers = run(tokens)
+    return len(answers) * (tokens - 1) / (total - first), answers
 
 
-def main() -> None:
+def ceiling(stats, model, exit_layer: int, drafts: int) -> float:
+    """Tokens per round over what a round reads, in steps of the whole model."""
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    head, layers = model.lm_head.weight.nbytes, len(model.model.layers)
+    return stats.tokens_per_round / (1 + drafts * (exit_layer * layer + head) / (layers * layer + head))
+
+
+def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="a checkpoint")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", default="demo", help="a checkpoint")
     source.add_argument("--shape", choices=SHAPES)
-    parser.add_argument("--exit_layer", type=int, default=4)
+    parser.add_argument("--exit_layer", type=int, help="recorded with the checkpoint, or 4")
     parser.add_argument("--num_speculations", type=int, nargs="*", default=[4])
     parser.add_argument("--late_scale", type=float, default=0.1)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["transformers"])
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="append the figures to this file, a JSON object a line")
+    return parser.parse_args(argv)
 
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.model:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+
+def main() -> None:
+    arguments = arguments_of()
+    dtype, device = getattr(torch, arguments.dtype), arguments.device
+    if arguments.shape:
+        arguments.exit_layer = arguments.exit_layer or 4
+        model = random_model(arguments.shape, arguments.exit_layer, arguments.late_scale, dtype, device)
     else:
-        model = random_model(arguments.shape, arguments.exit_layer, arguments.late_scale, dtype)
-    decoder = lk.SelfSpeculativeDecoder.from_model(model, exit_layer=arguments.exit_layer)
-    read_per_token = sum(
+        folder = checkpoint_folder(arguments.model)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    decoder = lk.SelfSpeculativeDecoder.from_model(
+        model, exit_layer=arguments.exit_layer, backend=arguments.backend, max_batch_size=arguments.batch
+    )
+    read_per_step = sum(
         p.nbytes
         for name, p in model.named_parameters()
         if "embed_tokens" not in name or model.config.tie_word_embeddings
     )
-    prompt = torch.randint(0, model.config.vocab_size, (1, arguments.prompt_tokens), generator=torch.manual_seed(1))
-    probe = torch.ones(64 << 20)
+    shape = arguments.batch, arguments.prompt_tokens
+    prompts = torch.randint(0, model.config.vocab_size, shape, generator=torch.manual_seed(1)).to(device)
+    probe = torch.ones((64 if device == "cpu" else 512) << 20, device=device)
 
     def ours(strategy: str, drafts: int | None = None):
         result = decoder.generate(
-            prompt,
+            prompts,
             max_new_tokens=arguments.new_tokens,
             generation_strategy=strategy,
             num_speculations=drafts,
             eos_token_id=[],
         )
-        acceptance[strategy, drafts] = result.stats.acceptance_rate
-        return result.stats.tokens_per_second, result.sequences[0]
+        stats[strategy if drafts is None else f"{strategy} K={drafts}"] = result.stats
+        return result.stats.tokens_per_second, result.sequences
 
-    acceptance: dict = {}
+    stats: dict = {}
     contenders = {
-        "transformers": lambda: transformers_speed(model, prompt, arguments.new_tokens),
-        "autoregressive": lambda: ours("autoregressive"),
+        name: lambda options=PEERS[name]: transformers_speed(model, prompts, arguments.new_tokens, **options)
+        for name in arguments.peers
     }
+    contenders["autoregressive"] = lambda: ours("autoregressive")
     for drafts in arguments.num_speculations:
         contenders[f"self_speculative K={drafts}"] = lambda k=drafts: ours("self_speculative", k)
 
@@ -126,37 +169,65 @@ def main() -> None:
     shares = {name: [] for name in contenders}
     answers = {}
     for contender in contenders.values():
-        contender()  # warm-up
+        contender()  # compiles, captures graphs
     for _ in range(arguments.rounds):
         for name, contender in contenders.items():
             before = bandwidth(probe)
             speed, answers[name] = contender()
             speeds[name].append(speed)
-            shares[name].append(speed * read_per_token / statistics.mean((before, bandwidth(probe))))
+            steps_per_second = speed / arguments.batch
+            shares[name].append(steps_per_second * read_per_step / statistics.mean((before, bandwidth(probe))))
 
-    table = Table(
-        "contender", "tok/s", "to transformers", "share of bandwidth", "acceptance", "tokens = autoregressive"
-    )
-    base = statistics.median(speeds["transformers"])
+    rows = []
     for name in contenders:
-        speed = statistics.median(speeds[name])
-        strategy, _, drafts = name.partition(" K=")
-        accepted = acceptance.get((strategy, int(drafts) if drafts else None))
-        same = sum(a == b for a, b in zip(answers[name], answers["autoregressive"]))
-        table.add_row(
-            name,
-            f"{speed:.1f}",
-            f"{speed / base:.2f}",
-            f"{statistics.median(shares[name]):.0%}",
-            f"{accepted:.2f}" if accepted is not None else "",
-            f"{same}/{arguments.new_tokens}",
-        )
-    table.caption = (
-        f"{arguments.model or arguments.shape + ' shape, random weights'} {arguments.dtype}, E={arguments.exit_layer}, "
-        f"{arguments.prompt_tokens}+{arguments.new_tokens} tokens, {torch.get_num_threads()} threads, "
-        f"{read_per_token / 1e6:.0f} MB a token, medians of {arguments.rounds} rounds"
+        row = {"contender": name, "tokens_per_second": statistics.median(speeds[name])}
+        row["to_autoregressive"] = row["tokens_per_second"] / statistics.median(speeds["autoregressive"])
+        row["share_of_bandwidth"] = statistics.median(shares[name])
+        if name.startswith("self_speculative"):
+            drafts = int(name.partition("=")[2])
+            row["acceptance"] = stats[name].acceptance_rate
+            row["ceiling"] = ceiling(stats[name], model, decoder.exit_layer, drafts)
+        ours_too = zip(chain(*answers[name]), chain(*answers["autoregressive"]))
+        row["same_tokens"] = sum(a == b for a, b in ours_too)
+        rows.append(row)
+    conditions = {name: value for name, value in vars(arguments).items() if name != "json"}
+    conditions |= dict(
+        exit_layer=decoder.exit_layer,
+        backend=decoder.ops.backends["small_linear"],
+        hardware=torch.cuda.get_device_name() if device != "cpu" else f"{torch.get_num_threads()} threads",
+        read_per_step=read_per_step,
+        bandwidth=bandwidth(probe),
+        torch=torch.__version__,
     )
-    Console(width=110).print(table)
+    show(rows, conditions)
+    if arguments.json:
+        with arguments.json.open("a") as file:
+            file.write(json.dumps({**conditions, "rows": rows}) + "\n")
+
+
+def show(rows: list[dict], conditions: dict) -> None:
+    columns = ("tok/s", "to autoregressive", "share of bandwidth", "acceptance", "ceiling", "tokens = autoregressive")
+    table = Table("contender", *columns)
+    total = conditions["batch"] * conditions["new_tokens"]
+    for row in rows:
+        speculative = "ceiling" in row
+        table.add_row(
+            row["contender"],
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['to_autoregressive']:.2f}",
+            f"{row['share_of_bandwidth']:.0%}",
+            f"{row['acceptance']:.2f}" if speculative else "",
+            f"{row['ceiling']:.2f}" if speculative else "",
+            f"{row['same_tokens']}/{total}",
+        )
+    weights = conditions["shape"] + " shape, random weights," if conditions["shape"] else conditions["model"]
+    table.caption = (
+        f"{weights} {conditions['dtype']}, E={conditions['exit_layer']}, {conditions['backend']} on "
+        f"{conditions['hardware']}, batch {conditions['batch']}, {conditions['prompt_tokens']}+"
+        f"{conditions['new_tokens']} tokens, {conditions['read_per_step'] / 1e6:.0f} MB a step, "
+        f"medians of {conditions['rounds']} rounds"
+    )
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

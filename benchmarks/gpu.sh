@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one call: tests, compute-sanitizer where it is found, benchmarks.
 #
-#   benchmarks/gpu.sh [folder for the results] [step …]      steps: tests sanitizer benchmarks (all of them)
+#   benchmarks/gpu.sh [folder for the results] [step …]      steps: tests sanitizer benchmarks decode profile
 #
 # Runs from a checkout, installed or not; PYTHON chooses the interpreter. Each step goes on after the failure of another;
-# the exit code is 1 if one failed. The folder then holds environment.txt, a log per step, tests.xml, benchmarks.json.
+# the exit code is 1 if one failed. The folder then holds environment.txt, a log per step, tests.xml, benchmarks.json,
+# decode.jsonl, profile.json.
 set -uo pipefail
 results=$(realpath -m "${1:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/.."
 shift || true
-steps=${*:-tests sanitizer benchmarks}
+steps=${*:-tests sanitizer benchmarks decode profile}
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
@@ -66,7 +67,24 @@ for step in $steps; do
         run benchmarks "${pytest[@]}" benchmarks --benchmark-columns=median,iqr,rounds \
             --benchmark-json="$results/benchmarks.json"
         ;;
-    *) echo "gpu.sh: no step $step, choose tests, sanitizer, benchmarks" >&2 && exit 2 ;;
+    decode)
+        rm -f "$results/decode.jsonl"
+        for backend in triton cuda; do
+            for batch in 1 4 16 64; do
+                for shape in "" "--shape llama3.2-1b" "--shape llama3-8b --exit_layer 4"; do
+                    peers=
+                    [ $backend = triton ] && peers=transformers  # once, beside either backend
+                    [ $backend$batch = triton1 ] && peers="transformers compiled"
+                    # shellcheck disable=SC2086  # several words each
+                    run "decode-$backend-$batch${shape:+-${shape:8:9}}" "$python" benchmarks/decode_speed.py $shape \
+                        --device cuda --backend $backend --batch $batch --peers $peers --num_speculations 2 4 6 \
+                        --new_tokens 128 --rounds 3 --json "$results/decode.jsonl"
+                done
+            done
+        done
+        ;;
+    profile) run profile "$python" benchmarks/profile_round.py --device cuda --json "$results/profile.json" ;;
+    *) echo "gpu.sh: no step $step, choose tests, sanitizer, benchmarks, decode, profile" >&2 && exit 2 ;;
     esac
 done
 
