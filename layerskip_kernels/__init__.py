@@ -14,6 +14,7 @@ _PUBLIC = {
     "SelfSpeculativeDecoder": "layerskip_kernels.decode.decoder",
     "GenerationResult": "layerskip_kernels.decode.result",
     "GenerationStats": "layerskip_kernels.decode.result",
+    "generate": "layerskip_kernels.integrations.transformers_generate",
     "backends": "layerskip_kernels.registry",
     "use_backend": "layerskip_kernels.registry",
     "BackendUnavailable": "layerskip_kernels.registry",

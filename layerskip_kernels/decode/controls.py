@@ -56,25 +56,31 @@ class Controls:
         """Whether a criterion, or a stop string, ended it."""
         return self.stopped[self.requests.index(request)]
 
+    def scores_of(self, request: Request) -> torch.Tensor:
+        """[n, V] float32, what its tokens were drawn from; with `keep_scores`."""
+        row = self.requests.index(request)
+        return torch.stack([scores[row] for scores in self.scores[: len(self.tokens[row])]])
+
     def first(self, tokens: list[int], logits: torch.Tensor | None, sampling: Sampling | None) -> list[int]:
         """The requests' first tokens. `tokens` [n] are the head's choice, from `logits` [n, V]."""
         return self._step(list(range(len(self.requests))), tokens, logits, sampling)
 
-    def advance(self, r: Round, rows: dict[int, int]) -> None:
+    def advance(self, r: Round, rows: dict[int, int], drafts: list[list[int]], room: list[int]) -> None:
         """Put the tokens the processors choose into the round's targets; where a criterion holds, end its row there.
 
         Args:
             r: the round, its targets and logits computed.
             rows: request number -> row of the round, for the requests still running.
+            drafts, room: the round's drafts [B, K], and how many of them count [B].
         """
-        places, drafts, room = list(rows.values()), r.tokens.tolist(), r.num_draft.tolist()
+        places = list(rows.values())
         for t in range(r.window):
             at = [row * r.window + t for row in places]
             logits = r.logits.flatten(0, 1)[at] if self.needs_logits else None
             sampling = _rows_of(r.verify_sampling, at)
             tokens = self._step(list(rows), r.target.flatten()[at].tolist(), logits, sampling)
             r.target[places, t] = r.target.new_tensor(tokens)
-            goes_on = [t < room[row] and token == drafts[row][t + 1] for row, token in zip(places, tokens)]
+            goes_on = [t < room[row] and token == drafts[row][t] for row, token in zip(places, tokens)]
             if not all(goes_on) or any(self.ended[i] for i in rows):
                 break
         for i, row in rows.items():

@@ -160,8 +160,9 @@ class Generation:
         rows: dict[Controls, dict[int, int]] = {}
         for row, request in enumerate(self.batch.requests):
             rows.setdefault(request.controls, {})[request.controls.requests.index(request)] = row
+        drafts, room = r.tokens[:, 1:].tolist(), r.num_draft.tolist()
         for controls, its_rows in rows.items():
-            controls.advance(r, its_rows)
+            controls.advance(r, its_rows, drafts, room)
 
     def _show_draft(self, r: Round) -> None:
         if num_draft := r.num_draft.item():

@@ -1,0 +1,1 @@
+"""Where other libraries call in: transformers' `generate` and attention interface."""
