@@ -39,7 +39,7 @@ def test_python_m_is_the_command():
     assert done.stdout == f"layerskip {lk.__version__}\n"
     done = subprocess.run([sys.executable, "-m", "layerskip_kernels", "genrate"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "No such command 'genrate', choose from doctor, generate, inspect, train." in done.stderr
+    assert "No such command 'genrate', choose from benchmark, doctor, generate, inspect, train." in done.stderr
 
 
 def test_doctor_says_what_every_backend_and_op_does_here():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from layerskip_kernels import __version__
+from layerskip_kernels.cli.benchmark import benchmark
 from layerskip_kernels.cli.doctor import doctor
 from layerskip_kernels.cli.errors import INTERRUPTED
 from layerskip_kernels.cli.generate import generate
@@ -35,6 +36,7 @@ def app(debug: bool) -> None:
 
 app.add_command(generate)
 app.add_command(train)
+app.add_command(benchmark)
 app.add_command(inspect)
 app.add_command(doctor)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layerskip_kernels import __version__
+from layerskip_kernels.measure.environment import cpu_model, version
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton")
 
@@ -53,22 +52,15 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) ->
 def _installation() -> list[tuple[str, str]]:
     return [
         ("layerskip_kernels", f"{__version__} in {Path(__file__).parents[1]}"),
-        *((name, _version(name)) for name in PACKAGES),
+        *((name, version(name) or "not installed") for name in PACKAGES),
         ("Python", f"{platform.python_version()} ({sys.executable})"),
         ("system", platform.platform()),
     ]
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _processor(build: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
-        ("model", _cpu_model()),
+        ("model", cpu_model()),
         ("threads", f"{build['threads']} used, {os.cpu_count()} logical processors"),
         ("native library", f"built by {build['compiler']}" if "compiler" in build else build["reason"]),
     ]
@@ -77,14 +69,6 @@ def _processor(build: dict[str, Any]) -> list[tuple[str, str]]:
     elif "compiler" in build:
         rows.append(("variant in use", f"none: {build['reason']}"))
     return rows + [(f"  {name}", missing or "runs here") for name, missing in build.get("variants", {}).items()]
-
-
-def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:  # not Linux
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _gpus(torch: Any, build: dict[str, Any]) -> list[tuple[str, str]]:

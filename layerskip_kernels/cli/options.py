@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -79,8 +81,10 @@ class MetaCommand(click.Command):
         return super().parse_args(ctx, expanded)
 
 
-def model_options(command: Callable) -> Callable:
+def model_options(command: Callable | None = None, *, max_batch_size: int = 8) -> Callable:
     """Which model, and what it runs on."""
+    if command is None:
+        return partial(model_options, max_batch_size=max_batch_size)
     for option in reversed(
         [
             click.option("--model", required=True, help="Folder of a Hugging Face checkpoint, or its id on the hub."),
@@ -88,7 +92,9 @@ def model_options(command: Callable) -> Callable:
             click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="auto: as stored."),
             click.option("--device", type=Device(), default="auto", help="cpu, cuda, cuda:1; auto: a GPU if any."),
             click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="Kernels to run on."),
-            click.option("--max_batch_size", type=click.IntRange(1), default=8, help="Prompts decoded together."),
+            click.option(
+                "--max_batch_size", type=click.IntRange(1), default=max_batch_size, help="Prompts decoded together."
+            ),
         ]
     ):
         command = option(command)
@@ -97,13 +103,28 @@ def model_options(command: Callable) -> Callable:
 
 def generation_options(command: Callable) -> Callable:
     """How tokens are chosen and when to stop."""
+    strategy = click.option("--generation_strategy", type=click.Choice(STRATEGIES), default=STRATEGIES[0])
+    return strategy(exit_options(token_options(command)))
+
+
+def exit_options(command: Callable) -> Callable:
+    """One exit layer and one number of drafts."""
     for option in reversed(
         [
-            click.option("--generation_strategy", type=click.Choice(STRATEGIES), default=STRATEGIES[0]),
             click.option("--exit_layer", type=int, default=-1, help="Layers that draft; -1: recorded or default."),
             click.option(
                 "--num_speculations", type=int, default=-1, help="Tokens drafted per round; -1: recorded or default."
             ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def token_options(command: Callable) -> Callable:
+    """How tokens are chosen and when to stop."""
+    for option in reversed(
+        [
             click.option("--max_steps", type=click.IntRange(1), default=512, help="Most new tokens per prompt."),
             click.option("--sample", type=TrueFalse(), is_flag=False, flag_value="True", default="False"),
             click.option("--temperature", type=float, default=0.6),
@@ -114,6 +135,33 @@ def generation_options(command: Callable) -> Callable:
             click.option(
                 "--stop_token_ids", type=int, multiple=True, help="Tokens that end an answer, besides the model's own."
             ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def dataset_options(command: Callable) -> Callable:
+    """Which prompts to measure on; `cli.measuring.load_prompts` reads them."""
+    for option in reversed(
+        [
+            click.option("--dataset", required=True, help="Name of a data set; an unknown one lists them."),
+            click.option(
+                "--data_path",
+                type=click.Path(path_type=Path),
+                help="Local file in the data set's format: .jsonl, .jsonl.gz, .json, .parquet, .csv or .tsv.",
+            ),
+            click.option("--n_shot", type=click.IntRange(0), default=0, help="Examples in front of every prompt."),
+            click.option("--template", help="Text around every prompt, in place of its {prompt}."),
+            click.option(
+                "--random_shuffle",
+                type=TrueFalse(),
+                is_flag=False,
+                flag_value="True",
+                default="True",
+                help="Prompts in random order, by --seed.",
+            ),
+            click.option("--num_samples", type=click.IntRange(1), help="Most prompts to ask.  [default: all]"),
         ]
     ):
         command = option(command)

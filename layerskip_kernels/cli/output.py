@@ -73,10 +73,11 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 def show(*tables: Table) -> None:
     console = Console(highlight=False)
+    # in a file or on a narrow terminal a table keeps its width: lines may wrap, but nothing is lost
+    wide = console.options.update(max_width=1000)
+    console.width = max(console.width, *(console.measure(one, options=wide).maximum for one in tables))
     for one in tables:
-        # in a file or on a narrow terminal a table keeps its width: lines may wrap, but nothing is lost
-        wanted = console.measure(one, options=console.options.update(max_width=1000)).maximum
-        console.print(one, width=max(console.width, wanted), crop=False)
+        console.print(one)
 
 
 def progress() -> Progress:
@@ -94,5 +95,5 @@ def progress() -> Progress:
     )
 
 
-def figure(value: float | None, pattern: str) -> str:
-    return "n/a" if value is None else pattern.format(value)
+def figure(value: float | None, pattern: str, scale: float = 1.0) -> str:
+    return "n/a" if value is None else pattern.format(value * scale)
