@@ -15,6 +15,8 @@ _PUBLIC = {
     "GenerationResult": "layerskip_kernels.decode.result",
     "GenerationStats": "layerskip_kernels.decode.result",
     "generate": "layerskip_kernels.integrations.transformers_generate",
+    "accelerate": "layerskip_kernels.integrations.transformers_accelerate",
+    "register_attention": "layerskip_kernels.integrations.transformers_attention",
     "backends": "layerskip_kernels.registry",
     "use_backend": "layerskip_kernels.registry",
     "BackendUnavailable": "layerskip_kernels.registry",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from layerskip_kernels.decode.decoder import SelfSpeculativeDecoder
+from layerskip_kernels.models.loading import check_class
 
 _decoders: weakref.WeakKeyDictionary[Any, dict[str, tuple[tuple, SelfSpeculativeDecoder]]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -20,6 +21,7 @@ def decoder_for(model: Any, backend: str = "auto") -> SelfSpeculativeDecoder:
 
     Weights changed in place are seen anyway, since the decoder shares them. It holds no reference to the model.
     """
+    check_class(model)
     state = fingerprint(model)
     with _lock:
         decoders = _decoders.setdefault(model, {})

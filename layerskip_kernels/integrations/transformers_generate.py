@@ -14,6 +14,7 @@ from layerskip_kernels.integrations.decoders import decoder_for
 from layerskip_kernels.integrations.transformers_inputs import Unsupported, check_supported, read_inputs
 from layerskip_kernels.integrations.transformers_outputs import build_output
 from layerskip_kernels.integrations.transformers_processors import Processing
+from layerskip_kernels.models.loading import check_class
 
 
 def generate(
@@ -77,6 +78,7 @@ def generate(
             **model_kwargs,
         )
     model = getattr(model, "_orig_mod", model)
+    check_class(model)
     if model_kwargs.get("custom_generate") is not None:
         raise ValueError("custom_generate: lk.generate is one itself, leave it out")
     if "inputs" in model_kwargs and input_ids is not None:

@@ -97,7 +97,8 @@ def _padding(mask: torch.Tensor | None, rows: int, length: int) -> list[int]:
     for row, pad in enumerate(padding):
         if not (mask[row, pad:] != 0).all():
             raise Unsupported(
-                f"attention_mask: row {row} has a zero after a one; only padding on the left is supported"
+                f"attention_mask: row {row} has a zero after a one; only padding on the left is supported "
+                "(without a mask transformers makes one, with zeros at every pad_token_id)"
             )
         if pad == length:
             raise ValueError(f"attention_mask: row {row} masks everything")

@@ -136,7 +136,7 @@ def _live_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         raise ValueError(
             "the model has adapters that are not merged into its weights: use model.merge_and_unload() first"
         )
-    _check_class(model)
+    check_class(model)
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise ValueError("the model is quantized, which is not supported: load it in float32, float16 or bfloat16")
     if EMBEDDING not in parameters:
@@ -164,7 +164,8 @@ def _live_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
-def _check_class(model: object) -> None:
+def check_class(model: object) -> None:
+    """Raises TypeError when `model` is not one of transformers' supported causal language models."""
     for cls in type(model).__mro__:
         if cls.__name__ in MODEL_CLASSES.values() and cls.__module__.startswith("transformers."):
             return
