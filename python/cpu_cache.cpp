@@ -1,21 +1,8 @@
 // Bindings of the ops on the key/value cache. Strides come as tuples, as tensor.stride() gives them.
-#include <array>
-
-#include <pybind11/stl.h>
-
 #include "cpu/ops.h"
 #include "cpu_bindings.h"
 
 namespace {
-
-template <size_t n>
-using Ints = std::array<int64_t, n>;
-
-template <size_t n, size_t m>
-void copy_outer(const Ints<n>& strides, int64_t (&to)[m]) {
-  static_assert(m == n - 1, "all but the last dimension, which is contiguous");
-  for (size_t i = 0; i < m; ++i) to[i] = strides[i];
-}
 
 // sizes: b, t, h, g, d.
 void rope_append(Address q, const Ints<4>& q_stride, Address k, const Ints<4>& k_stride, Address v,

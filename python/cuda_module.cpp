@@ -1,12 +1,25 @@
 // layerskip_kernels.native._cuda: addresses, sizes, strides and a stream in, no tensor type. 0 stands for "no tensor".
-#include <pybind11/pybind11.h>
-
 #include "build_info.h"
 #include "cuda/device_query.h"
-
-namespace py = pybind11;
+#include "cuda_bindings.h"
 
 namespace {
+
+Error rms_norm(Address x, int64_t x_stride, Address weight, Address residual, int64_t residual_stride, Address out,
+               int64_t out_stride, int64_t m, int64_t c, float eps, int dtype, Address stream) {
+  py::gil_scoped_release release;
+  return error_text(lk::cuda::rms_norm({pointer(x), x_stride, pointer(weight), pointer(residual), residual_stride,
+                                        pointer(out), out_stride, m, c, eps, lk::DType(dtype)},
+                                       stream_of(stream)));
+}
+
+Error swiglu(Address gate, int64_t gate_stride, Address up, int64_t up_stride, Address out, int64_t out_stride, int64_t m,
+             int64_t n, int dtype, Address stream) {
+  py::gil_scoped_release release;
+  return error_text(lk::cuda::swiglu(
+      {pointer(gate), gate_stride, pointer(up), up_stride, pointer(out), out_stride, m, n, lk::DType(dtype)},
+      stream_of(stream)));
+}
 
 py::dict device_report() {
   const lk::cuda::Report report = [] {
@@ -37,6 +50,11 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
+  module.def("rms_norm", &rms_norm);
+  module.def("swiglu", &swiglu);
+  bind_cache(module);
+  bind_tokens(module);
+
   module.def("device_report", &device_report);
   module.def("build_info", &build_info);
 }

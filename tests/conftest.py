@@ -2,7 +2,7 @@
 
 `backend` goes over all of them, `kernels` over all but the reference; both are active (`use_backend`) during the test.
 `--backend NAME` keeps the tests of one backend: `TRITON_INTERPRET=1 pytest --backend triton` runs the Triton kernels on
-the CPU, in Triton's interpreter.
+the CPU, in Triton's interpreter; `test_cuda_shim.py` runs the CUDA kernels there.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ import os
 from dataclasses import replace
 from typing import NamedTuple
 
+import cuda_shim
 import pytest
 import torch
 
-import layerskip_kernels as lk
-from layerskip_kernels import registry
+SHIM = os.environ.get(cuda_shim.VARIABLE)
+if SHIM:
+    cuda_shim.install(SHIM)
+
+import layerskip_kernels as lk  # noqa: E402
+from layerskip_kernels import registry  # noqa: E402
 
 # The tests' matrices are tiny, and OpenMP threads that wait for each other on a busy machine make them 20 times slower.
 # What depends on the number of threads sets it itself.
@@ -53,7 +58,7 @@ def pytest_collection_modifyitems(config, items):
     only = config.getoption("--backend")
     if only is None:
         return
-    kept = [item for item in items if _backend_name(item) == only and not (INTERPRETED and _is_long(item))]
+    kept = [item for item in items if _backend_name(item) == only and not ((INTERPRETED or SHIM) and _is_long(item))]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
@@ -73,7 +78,8 @@ def _is_long(item) -> bool:
 
 def backends_of(op: str) -> list[Backend]:
     """Backends that run `op` on this machine, each with the device its test inputs live on."""
-    devices = {"reference": "cpu", "cpu": "cpu", "cuda": "cuda", "triton": "cpu" if INTERPRETED else "cuda"}
+    cuda, triton = ("cpu" if emulated else "cuda" for emulated in (SHIM, INTERPRETED))
+    devices = {"reference": "cpu", "cpu": "cpu", "cuda": cuda, "triton": triton}
     found = [Backend(name, device) for name, device in devices.items() if device == "cpu" or torch.cuda.is_available()]
     return [b for b in found if registry.why_not(b.name, op, torch.device(b.device), torch.float32) is None]
 

@@ -7,9 +7,10 @@ import functools
 import torch
 
 from layerskip_kernels.native import cuda_library
+from layerskip_kernels.native.cuda import launch
 from layerskip_kernels.native.tensor import FLOAT_DTYPES
 
-OPS = {}
+MIN_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16 matrix instructions and asynchronous copies
 
 
 @functools.cache
@@ -26,12 +27,35 @@ def why_unavailable() -> str | None:
     return None
 
 
+@functools.cache
 def why_unsupported(op: str, *, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `op` can't run on tensors of this device and dtype; None when it can."""
     if op not in OPS:
         return f"it has no {op}"
-    if device.type != "cuda":
-        return f"it takes cuda tensors, not {device.type}"
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        return f"it takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return None
+    if device.type != launch.DEVICE_TYPE:
+        return f"it takes {launch.DEVICE_TYPE} tensors, not {device.type}"
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+        return f"it needs compute capability 8.0 or newer, {device} has {capability[0]}.{capability[1]}"
+    if op in _TOKEN_OPS or dtype is None or dtype in FLOAT_DTYPES:
+        return None
+    return f"it takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+
+
+_TOKEN_OPS = ("verify_tokens", "verify_rejection")  # their dtypes are fixed, whatever the model's
+OPS = {}
+if cuda_library()[0] is not None:
+    from layerskip_kernels.native.cuda.kv_rollback import kv_rollback
+    from layerskip_kernels.native.cuda.rms_norm import rms_norm
+    from layerskip_kernels.native.cuda.rope_append import rope_append
+    from layerskip_kernels.native.cuda.swiglu import swiglu
+    from layerskip_kernels.native.cuda.verify_rejection import verify_rejection
+    from layerskip_kernels.native.cuda.verify_tokens import verify_tokens
+
+    OPS = {
+        "kv_rollback": kv_rollback,
+        "rms_norm": rms_norm,
+        "rope_append": rope_append,
+        "swiglu": swiglu,
+        "verify_rejection": verify_rejection,
+        "verify_tokens": verify_tokens,
+    }

@@ -1,0 +1,119 @@
+// Every CUDA op: its argument struct and its launcher. Contracts are those of the headers of the same name in csrc/cpu.
+// Addresses are the device's, strides are in elements, null stands for an absent tensor. A launcher returns what the
+// launch returned, and does not wait.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/dtypes.h"
+
+namespace lk::cuda {
+
+struct RmsNormArgs {
+  const void* x;  // [m, c]
+  int64_t x_stride;
+  const void* weight;  // [c]
+  void* residual;      // [m, c] or null: residual = round(residual + x) first, and that is what is normed
+  int64_t residual_stride;
+  void* out;  // [m, c], may be x
+  int64_t out_stride;
+  int64_t m, c;
+  float eps;
+  DType dtype;  // of all four tensors
+};
+cudaError_t rms_norm(const RmsNormArgs& args, cudaStream_t stream);
+
+struct SwigluArgs {
+  const void* gate;  // [m, n]
+  int64_t gate_stride;
+  const void* up;  // [m, n]
+  int64_t up_stride;
+  void* out;  // [m, n], may be gate or up
+  int64_t out_stride;
+  int64_t m, n;
+  DType dtype;  // of all three
+};
+cudaError_t swiglu(const SwigluArgs& args, cudaStream_t stream);
+
+struct RopeAppendArgs {
+  void* q;  // [b, t, h, d], strides of the first three dimensions; same below
+  int64_t q_stride[3];
+  const void* k;  // [b, t, g, d]
+  int64_t k_stride[3];
+  const void* v;  // [b, t, g, d]
+  int64_t v_stride[3];
+  void* k_cache;  // [slots, g, s, d]
+  int64_t k_cache_stride[3];
+  void* v_cache;
+  int64_t v_cache_stride[3];
+  const int32_t* lengths;    // [b]
+  const int32_t* positions;  // [b, t]
+  int64_t positions_stride;
+  const float* inv_freq;  // [b, t, d/2]; strides 0 for one vector
+  int64_t inv_freq_stride[2];
+  float attention_factor;
+  const int32_t* slot_ids;     // [b] or null: row i in slot i
+  const int32_t* num_queries;  // [b] or null: t
+  int64_t b, t, h, g, d;
+  DType dtype;  // of q, k, v and the caches
+};
+cudaError_t rope_append(const RopeAppendArgs& args, cudaStream_t stream);
+
+struct KvRollbackArgs {
+  void* k_cache;  // [layers, slots, g, s, d], strides of the first four dimensions
+  int64_t k_cache_stride[4];
+  void* v_cache;
+  int64_t v_cache_stride[4];
+  int32_t* lengths;         // [b]
+  const int32_t* keep;      // [b]
+  const int32_t* slot_ids;  // [b] or null: row i in slot i
+  const int32_t* path;      // [b, window] or null: the identity
+  int64_t path_stride;
+  int64_t window;
+  bool scrub;
+  int64_t layers, b, g, d;
+  DType dtype;
+};
+constexpr int64_t kRollbackMaxWindow = 8192;  // with a path
+cudaError_t kv_rollback(const KvRollbackArgs& args, cudaStream_t stream);
+
+// What verify_tokens and verify_rejection share.
+struct VerifyRound {
+  const int64_t* draft;  // [batch, drafts]
+  int64_t draft_stride;
+  const int32_t* num_draft;  // [batch]
+  int64_t batch, drafts;
+  const int64_t* eos_ids;  // [num_eos]
+  int64_t num_eos;
+  const int32_t* remaining;  // [batch]
+  const bool* finished;      // [batch]
+  int64_t* tokens;           // out [batch, drafts + 1]
+  int64_t tokens_stride;
+  int32_t* num_emitted;   // out [batch]
+  int32_t* num_accepted;  // out [batch]
+  bool* finished_out;     // out [batch], may be `finished`
+};
+
+struct VerifyTokensArgs {
+  VerifyRound round;
+  const int64_t* target;  // [batch, drafts + 1]
+  int64_t target_stride;
+};
+cudaError_t verify_tokens(const VerifyTokensArgs& args, cudaStream_t stream);
+
+struct VerifyRejectionArgs {
+  VerifyRound round;
+  const float* draft_probs;  // [batch, drafts, vocab]
+  int64_t draft_probs_stride[2];
+  const float* target_probs;  // [batch, drafts + 1, vocab]
+  int64_t target_probs_stride[2];
+  const float* uniforms;  // [batch, drafts + 1, 2]: acceptance, next token
+  int64_t uniforms_stride[2];
+  int64_t vocab;
+  bool block;
+};
+cudaError_t verify_rejection(const VerifyRejectionArgs& args, cudaStream_t stream);
+
+}  // namespace lk::cuda

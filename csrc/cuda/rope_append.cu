@@ -1,0 +1,14 @@
+#include "cuda/rope_append.cuh"
+
+namespace lk::cuda {
+
+cudaError_t rope_append(const RopeAppendArgs& args, cudaStream_t stream) {
+  if (args.b == 0 || args.t == 0) return cudaSuccess;
+  if (args.d > kRopeMaxDim) return cudaErrorInvalidValue;
+  const dim3 grid(unsigned(args.t), unsigned(args.b));
+  return for_dtype(args.dtype, [&](auto type) {
+    return launch(rope_append_kernel<decltype(type)>, grid, kRopeThreads, 0, stream, args);
+  });
+}
+
+}  // namespace lk::cuda

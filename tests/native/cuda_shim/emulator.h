@@ -1,0 +1,295 @@
+// Runs CUDA kernels on the CPU, for tests: blocks one after another, the threads of a block as fibers that switch at
+// barriers. With LK_SHIM_THREADS they are std::threads instead, whose races ThreadSanitizer sees.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#ifdef LK_SHIM_THREADS
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#elif !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 gridDim, blockDim, blockIdx;
+
+namespace shim {
+
+constexpr int kWarp = 32;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "cuda_shim: %s\n", what);
+  std::abort();
+}
+
+// A copy that cp.async started: it happens when it is waited for, so a missing wait shows.
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  int bytes, filled;
+};
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  uint64_t generation = 0;
+#ifdef LK_SHIM_THREADS
+  std::mutex mutex;
+  std::condition_variable released;
+#endif
+};
+
+// What the lanes of a warp show each other. Two sides in turn: one barrier per exchange is enough.
+struct Warp {
+  Barrier barrier;
+  alignas(16) unsigned char slots[2][kWarp][32];
+};
+
+struct Thread {
+  dim3 index;
+  int number = 0;
+  Warp* warp = nullptr;
+  unsigned exchanges = 0;
+  bool done = false;
+  std::vector<AsyncCopy> copies;
+  std::vector<size_t> groups;  // where each committed group of copies ends
+#ifndef LK_SHIM_THREADS
+  char* stack = nullptr;
+#ifdef __x86_64__
+  void* context = nullptr;
+#else
+  ucontext_t context;
+#endif
+#endif
+};
+
+struct State {
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  Barrier barrier;
+  std::vector<unsigned char> dynamic_shared;
+  const std::function<void()>* kernel = nullptr;
+  uint64_t idle = 0;  // switches since a barrier was last passed
+  int live = 0;
+};
+inline State state;
+
+#ifdef LK_SHIM_THREADS
+
+inline thread_local Thread* current = nullptr;
+
+inline void wait(Barrier& barrier) {
+  std::unique_lock<std::mutex> lock(barrier.mutex);
+  const uint64_t generation = barrier.generation;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    barrier.released.notify_all();
+  } else {
+    barrier.released.wait(lock, [&] { return barrier.generation != generation; });
+  }
+}
+inline void wait_warp() { wait(current->warp->barrier); }
+inline void wait_block() { wait(state.barrier); }
+
+inline void run_block() {
+  std::vector<std::thread> pool;
+  for (Thread& thread : state.threads)
+    pool.emplace_back([&thread] {
+      current = &thread;
+      (*state.kernel)();
+    });
+  for (std::thread& thread : pool) thread.join();
+}
+
+#else
+
+inline Thread* current = nullptr;
+constexpr size_t kStack = 128 << 10;
+
+#ifdef __x86_64__
+extern "C" void lk_shim_switch(void** save, void* load);
+inline void* main_context = nullptr;
+inline void switch_to(Thread& next) {
+  Thread& before = *current;
+  current = &next;
+  lk_shim_switch(&before.context, next.context);
+}
+#else
+inline ucontext_t main_context;
+inline void switch_to(Thread& next) {
+  Thread& before = *current;
+  current = &next;
+  swapcontext(&before.context, &next.context);
+}
+#endif
+
+inline Thread& next_live(int begin, int end) {
+  int i = current->number;
+  do i = i + 1 == end ? begin : i + 1;
+  while (state.threads[i].done);
+  return state.threads[i];
+}
+
+inline void yield(int begin, int end) {
+  if (++state.idle > 4096 + 64u * uint64_t(end - begin) * state.threads.size())
+    fail("a barrier is not reached by all threads");
+  Thread& next = next_live(begin, end);
+  if (&next != current) switch_to(next);
+}
+
+inline void wait(Barrier& barrier, int begin, int end) {
+  const uint64_t generation = barrier.generation;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    state.idle = 0;
+  } else {
+    while (barrier.generation == generation) yield(begin, end);
+  }
+}
+inline void wait_warp() {
+  const int begin = current->number / kWarp * kWarp;
+  wait(current->warp->barrier, begin, begin + kWarp);
+}
+inline void wait_block() { wait(state.barrier, 0, int(state.threads.size())); }
+
+inline void fiber() {
+  (*state.kernel)();
+  current->done = true;
+  if (--state.live == 0) {
+#ifdef __x86_64__
+    void* unused;
+    lk_shim_switch(&unused, main_context);
+#else
+    setcontext(&main_context);
+#endif
+  }
+  if (state.barrier.arrived) fail("threads leave the kernel while others wait at __syncthreads");
+  state.idle = 0;
+  switch_to(next_live(0, int(state.threads.size())));
+  fail("a finished thread runs");
+}
+
+inline void run_block() {
+  state.live = int(state.threads.size());
+  for (Thread& thread : state.threads) {
+    thread.done = false;
+    if (!thread.stack) {
+      void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (memory == MAP_FAILED) fail("no memory for stacks");
+      thread.stack = static_cast<char*>(memory);
+    }
+#ifdef __x86_64__
+    void** top = reinterpret_cast<void**>(thread.stack + kStack) - 2;  // where a call leaves its return address
+    *top = reinterpret_cast<void*>(&fiber);
+    thread.context = top - 6;  // the registers that lk_shim_switch takes from the stack
+#else
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack;
+    thread.context.uc_stack.ss_size = kStack;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, fiber, 0);
+#endif
+  }
+  state.idle = 0;
+  current = &state.threads[0];
+#ifdef __x86_64__
+  lk_shim_switch(&main_context, current->context);
+#else
+  swapcontext(&main_context, &current->context);
+#endif
+}
+
+#endif
+
+// Shows `bytes` of every lane to the others; returns all lanes' slots, 32 bytes apart.
+inline const unsigned char* exchange(const void* mine, size_t bytes) {
+  Warp& warp = *current->warp;
+  unsigned char(*slots)[32] = warp.slots[current->exchanges++ & 1];
+  std::memcpy(slots[current->number % kWarp], mine, bytes);
+  wait_warp();
+  return slots[0];
+}
+
+inline void prepare(dim3 block, size_t shared_bytes) {
+  const size_t count = size_t(block.x) * block.y * block.z;
+  if (count == 0 || count > 1024 || count % kWarp) fail("blocks have 32 to 1024 threads, whole warps");
+  if (shared_bytes > 227 << 10) fail("more than 227 KB of shared memory");
+  if (state.threads.size() < count) {
+#ifndef LK_SHIM_THREADS
+    for (Thread& thread : state.threads)
+      if (thread.stack) munmap(thread.stack, kStack);
+#endif
+    state.threads = std::vector<Thread>(count);
+  } else if (state.threads.size() > count) {
+#ifndef LK_SHIM_THREADS
+    for (size_t i = count; i < state.threads.size(); ++i)
+      if (state.threads[i].stack) munmap(state.threads[i].stack, kStack);
+#endif
+    state.threads.resize(count);
+  }
+  state.warps = std::vector<Warp>(count / kWarp);
+  for (size_t i = 0; i < count; ++i) {
+    Thread& thread = state.threads[i];
+    thread.number = int(i);
+    thread.index = dim3(unsigned(i % block.x), unsigned(i / block.x % block.y), unsigned(i / block.x / block.y));
+    thread.warp = &state.warps[i / kWarp];
+    thread.warp->barrier.expected = kWarp;
+    thread.exchanges = 0;
+    thread.copies.clear();
+    thread.groups.clear();
+  }
+  state.barrier.expected = int(count);
+  state.barrier.arrived = 0;
+  state.dynamic_shared.resize(shared_bytes + 128);
+}
+
+inline unsigned char* dynamic_shared() {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(state.dynamic_shared.data());
+  return reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
+}
+
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+  gridDim = grid;
+  blockDim = block;
+  state.kernel = &kernel;
+  prepare(block, shared_bytes);
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = dim3(x, y, z);
+        std::memset(state.dynamic_shared.data(), 0xff, state.dynamic_shared.size());  // NaN
+        run_block();
+      }
+}
+
+inline void commit_copies() { current->groups.push_back(current->copies.size()); }
+
+// Until at most `pending` groups are under way.
+inline void finish_copies(size_t pending) {
+  Thread& thread = *current;
+  if (thread.groups.size() <= pending) return;
+  const size_t groups = thread.groups.size() - pending, copies = thread.groups[groups - 1];
+  for (size_t i = 0; i < copies; ++i) {
+    const AsyncCopy& copy = thread.copies[i];
+    std::memcpy(copy.to, copy.from, size_t(copy.filled));
+    std::memset(static_cast<char*>(copy.to) + copy.filled, 0, size_t(copy.bytes - copy.filled));
+  }
+  thread.copies.erase(thread.copies.begin(), thread.copies.begin() + long(copies));
+  thread.groups.erase(thread.groups.begin(), thread.groups.begin() + long(groups));
+  for (size_t& end : thread.groups) end -= copies;
+}
+
+}  // namespace shim
