@@ -27,6 +27,7 @@ def test_help_comes_without_torch_and_transformers():
         ["doctor", "--help"],
         ["train", "--help"],
         ["inspect", "--help"],
+        ["correctness", "--help"],
         ["--version"],
     ):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
@@ -39,7 +40,10 @@ def test_python_m_is_the_command():
     assert done.stdout == f"layerskip {lk.__version__}\n"
     done = subprocess.run([sys.executable, "-m", "layerskip_kernels", "genrate"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "No such command 'genrate', choose from benchmark, doctor, generate, inspect, train." in done.stderr
+    assert (
+        "No such command 'genrate', choose from benchmark, correctness, doctor, generate, inspect, train."
+        in done.stderr
+    )
 
 
 def test_doctor_says_what_every_backend_and_op_does_here():

@@ -6,6 +6,7 @@ import click
 
 from layerskip_kernels import __version__
 from layerskip_kernels.cli.benchmark import benchmark
+from layerskip_kernels.cli.correctness import correctness
 from layerskip_kernels.cli.doctor import doctor
 from layerskip_kernels.cli.errors import INTERRUPTED
 from layerskip_kernels.cli.generate import generate
@@ -38,6 +39,7 @@ app.add_command(generate)
 app.add_command(train)
 app.add_command(benchmark)
 app.add_command(inspect)
+app.add_command(correctness)
 app.add_command(doctor)
 
 

@@ -141,11 +141,13 @@ def token_options(command: Callable) -> Callable:
     return command
 
 
-def dataset_options(command: Callable) -> Callable:
+def dataset_options(command: Callable | None = None, *, required: bool = True) -> Callable:
     """Which prompts to measure on; `cli.measuring.load_prompts` reads them."""
+    if command is None:
+        return partial(dataset_options, required=required)
     for option in reversed(
         [
-            click.option("--dataset", required=True, help="Name of a data set; an unknown one lists them."),
+            click.option("--dataset", required=required, help="Name of a data set; an unknown one lists them."),
             click.option(
                 "--data_path",
                 type=click.Path(path_type=Path),
