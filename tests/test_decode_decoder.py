@@ -9,6 +9,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import TextIteratorStreamer
 
 import layerskip_kernels as lk
+from layerskip_kernels.decode.batch import Request
 
 PROMPT = "def fib(n):"
 
@@ -207,6 +208,15 @@ def test_max_length_is_checked_before_work_starts(model):
 def test_longer_than_the_model_was_made_for_warns(decoder, caplog):
     decoder.generate([5] * 500, max_new_tokens=20, eos_token_id=[])
     assert "520 positions asked for, the model was made for 512" in caplog.text
+
+
+def test_the_cache_does_not_grow_in_both_directions_at_once(model):
+    decoder = lk.SelfSpeculativeDecoder.from_model(model, backend="reference", max_batch_size=64)
+    shapes = []
+    for prompts, new in (([[5]] * 16, 2), ([[5]], 2000), ([[5]] * 2, 2000), ([[5]] * 3, 2000), ([[5]], 2)):
+        requests = [Request(prompt, new) for prompt in prompts]
+        shapes.append(decoder._reserve(requests, 4).cache.k.shape[1:4:2])
+    assert shapes == [(16, 256), (1, 2048), (2, 2048), (3, 2048), (3, 2048)]
 
 
 def test_cache_too_large_for_the_machine(decoder):

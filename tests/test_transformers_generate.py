@@ -163,6 +163,7 @@ def test_dictionary_with_scores_logits_and_cache(model, inputs, options):
                 )
                 for a, b in ((got.keys, wants.keys), (got.values, wants.values)):
                     torch.testing.assert_close(a[i, :, real], b[i, :, real], rtol=1e-3, atol=1e-3)
+        assert result.stats.tokens == sum(ends) and result.stats.drafted > 0
         result.logits[0].add_(1)  # ordinary tensors, though decoding runs in inference mode
         result.past_key_values.layers[0].keys.add_(1)
 
@@ -279,6 +280,14 @@ def test_warpers_elsewhere_in_the_list_run_where_they_stand(llama):
     expected = llama.generate(**LINE, do_sample=False, **options)
     ours = lk.generate(llama, **LINE, do_sample=True, top_k=0, logits_processor=mine, **options, **SPECULATION)
     assert torch.equal(ours, expected)  # one token is left to draw from
+
+
+def test_inside_inference_mode(llama):
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, logits_processor=[Favour()], **SPECULATION)
+    with torch.inference_mode():
+        inside = lk.generate(llama, **LINE, **options)
+    assert torch.equal(lk.generate(llama, **LINE, **options), inside)
+    assert lk.generate(llama, **LINE, **options, return_dict_in_generate=True).past_key_values.get_seq_length() == 14
 
 
 class Recorder:

@@ -19,6 +19,7 @@ class Controls:
     they go position by position, as far as drafts are accepted. Tokens are drawn with the noise of fused sampling.
     """
 
+    @torch.inference_mode(False)  # user code gets ordinary tensors
     def __init__(
         self,
         requests: Sequence[Request],

@@ -285,8 +285,12 @@ class SelfSpeculativeDecoder:
         have = self._workspace and self._workspace.cache
         if have is None or have.slots < slots or have.capacity < capacity:
             self._workspace = None  # free the old one first
-            capacity = max(-(-capacity // CAPACITY_STEP) * CAPACITY_STEP, have.capacity if have else 0)
-            slots = max(slots, have.slots if have else 0)
+            capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+            if have is not None:
+                both = max(slots, have.slots), max(capacity, have.capacity)
+                # many short and few long sequences in turn must not add up to many long ones
+                if both[0] * both[1] <= 2 * max(slots * capacity, have.slots * have.capacity):
+                    slots, capacity = both
             have = None
             cache = KVCache(self.config, slots, capacity, self.dtype, self.device)
             self.model.rope.reserve(capacity)

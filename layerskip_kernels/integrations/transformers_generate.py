@@ -52,7 +52,8 @@ def generate(
         streamer, logits_processor, stopping_criteria, generation_config, model_kwargs: as in `model.generate`.
 
     Returns:
-        As `model.generate`: int64 [B, P + new], or `GenerateDecoderOnlyOutput` with `return_dict_in_generate`.
+        As `model.generate`: int64 [B, P + new], or `GenerateDecoderOnlyOutput` with `return_dict_in_generate`;
+        that has an attribute `stats`, too, a `GenerationStats`.
 
     Raises:
         Unsupported (a ValueError): beam search, `inputs_embeds`, masks with holes and other things not supported.
@@ -141,7 +142,7 @@ def _decode(
     wants_logits = bool(config.return_dict_in_generate and config.output_logits)
     pad = None if config._pad_token_tensor is None else int(config._pad_token_tensor)
     controlled = processing.control(inputs, pad, wants_scores, decoder.device)
-    decoder.run(
+    stats = decoder.run(
         inputs.requests,
         generation_strategy=generation_strategy,
         exit_layer=exit_layer if exit_layer is not None else config.assistant_early_exit,
@@ -154,7 +155,10 @@ def _decode(
     )
     if any(request.finish_reason == "interrupted" for request in inputs.requests):
         raise KeyboardInterrupt
-    return build_output(inputs, pad, config, wants_scores, wants_logits)
+    output = build_output(inputs, pad, config, wants_scores, wants_logits)
+    if config.return_dict_in_generate:
+        output.stats = stats
+    return output
 
 
 class OneByOne:
