@@ -103,6 +103,16 @@ OPTIONS = {
     ),
     "criterion without eos": dict(stopping_criteria=StoppingCriteriaList([lambda ids, scores: ids[:, -1] % 3 == 0])),
     "stop string in the criteria": dict(stopping_criteria=StoppingCriteriaList([StopStringCriteria(TOKENIZER, "a")])),
+    "stop string in the criteria, and eos": dict(
+        stopping_criteria=StoppingCriteriaList([StopStringCriteria(TOKENIZER, ["a", "Q"])]),
+        eos_token_id=[*range(6, 262, 17)],
+    ),
+    "criterion that reads scores": dict(
+        stopping_criteria=StoppingCriteriaList([lambda ids, scores: scores[-1].softmax(-1).amax(-1) < 0.3]),
+        eos_token_id=[77],
+        return_dict_in_generate=True,
+        output_scores=True,
+    ),
     "max_time": dict(max_time=1000.0),
 }
 
@@ -122,6 +132,8 @@ def test_greedy_equals_transformers_on_other_models(model, inputs, name):
 def _equal(model, inputs, options):
     expected, ours = both(model, inputs, **options)
     for result in ours:
+        if options.get("return_dict_in_generate"):
+            result, expected = result.sequences, getattr(expected, "sequences", expected)
         assert result.dtype == torch.int64 and result.tolist() == expected.tolist()
 
 
