@@ -294,6 +294,17 @@ def test_warpers_elsewhere_in_the_list_run_where_they_stand(llama):
     assert torch.equal(ours, expected)  # one token is left to draw from
 
 
+def test_rows_in_step_are_counted_as_drafted(llama):
+    """A row whose drafts were right, but not emitted because another's were not, counts them as not accepted."""
+    options = dict(max_new_tokens=30, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
+    alone = lk.generate(llama, **BATCH, **options, **SPECULATION)
+    together = lk.generate(llama, **BATCH, **options, **SPECULATION, logits_processor=[lambda ids, scores: scores])
+    assert torch.equal(alone.sequences, together.sequences)
+    assert together.stats.drafted > 3 * together.stats.rounds  # of 4, less at the end
+    assert 0 < together.stats.acceptance_rate < alone.stats.acceptance_rate
+    assert together.stats.decode_tokens == 3 * 29 == together.stats.accepted + together.stats.rounds
+
+
 def test_inside_inference_mode(llama):
     options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, logits_processor=[Favour()], **SPECULATION)
     with torch.inference_mode():

@@ -87,8 +87,8 @@ class Controls:
         for i, row in rows.items():
             if self.stopped[i]:
                 r.remaining[row] = t + 1
-            elif len(rows) > 1:
-                r.num_draft[row] = min(room[row], t)  # all wait for the first that rejects
+            elif len(rows) > 1 and t < r.drafts:
+                r.tokens[row, t + 1] = -1  # no token: all wait for the first that rejects
 
     @torch.inference_mode(False)
     @torch.no_grad()
