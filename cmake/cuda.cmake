@@ -8,9 +8,11 @@ enable_language(CUDA)
 
 # One line per op, compiled as csrc/cuda/<op>.cu.
 set(LAYERSKIP_CUDA_OPS
+    exit_head
     kv_rollback
     rms_norm
     rope_append
+    small_linear
     swiglu
     verify_rejection
     verify_tokens

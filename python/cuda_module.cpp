@@ -13,6 +13,20 @@ Error rms_norm(Address x, int64_t x_stride, Address weight, Address residual, in
                                        stream_of(stream)));
 }
 
+// weights: data, stride, n, bias, out, out_stride of each.
+Error small_linear(Address x, int64_t x_stride, int64_t m, int64_t c, const std::vector<Ints<6>>& weights,
+                   Address norm_weight, float norm_eps, Address residual, int64_t residual_stride, int dtype,
+                   Address stream) {
+  std::vector<lk::cuda::LinearWeight> list;
+  list.reserve(weights.size());
+  for (const Ints<6>& w : weights) list.push_back({pointer(w[0]), w[1], w[2], pointer(w[3]), pointer(w[4]), w[5]});
+  py::gil_scoped_release release;
+  return error_text(lk::cuda::small_linear({pointer(x), x_stride, m, c, list.data(), int64_t(list.size()),
+                                            pointer(norm_weight), norm_eps, pointer(residual), residual_stride,
+                                            lk::DType(dtype)},
+                                           stream_of(stream)));
+}
+
 Error swiglu(Address gate, int64_t gate_stride, Address up, int64_t up_stride, Address out, int64_t out_stride, int64_t m,
              int64_t n, int dtype, Address stream) {
   py::gil_scoped_release release;
@@ -51,7 +65,9 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_cuda, module) {
   module.def("rms_norm", &rms_norm);
+  module.def("small_linear", &small_linear);
   module.def("swiglu", &swiglu);
+  module.attr("FUSED_NORM_ROWS") = lk::cuda::kFusedNormRows;
   bind_cache(module);
   bind_tokens(module);
 

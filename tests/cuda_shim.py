@@ -1,7 +1,7 @@
-"""The CUDA backend on CPU tensors: `build()` compiles it against tests/native/cuda_shim, `install(path)` puts it in place.
+"""The CUDA backend on CPU tensors: `build()` compiles it against tests/native/cuda_shim, `install(path)` installs it.
 
-The kernels and the adapters are the real ones; the shim says what a CUDA thread, a barrier or a
-matrix instruction is.
+The kernels and the adapters are the real ones; the shim says what a CUDA thread, a barrier or a matrix
+instruction is.
 """
 
 from __future__ import annotations

@@ -25,6 +25,68 @@ struct RmsNormArgs {
 };
 cudaError_t rms_norm(const RmsNormArgs& args, cudaStream_t stream);
 
+constexpr int kMaxWeights = 4;  // of one launch; more are more launches
+
+struct LinearWeight {
+  const void* data;  // [n, c]
+  int64_t stride;
+  int64_t n;
+  const void* bias;  // [n] or null
+  void* out;         // [m, n], may be the residual; not x
+  int64_t out_stride;
+};
+
+struct SmallLinearArgs {
+  const void* x;  // [m, c]
+  int64_t x_stride;
+  int64_t m, c;
+  const LinearWeight* weights;  // on the host
+  int64_t num_weights;
+  const void* norm_weight;  // [c] or null; with m up to kFusedNormRows
+  float norm_eps;
+  const void* residual;  // [m, n] or null; with a single weight only
+  int64_t residual_stride;
+  DType dtype;  // of every tensor
+};
+constexpr int64_t kFusedNormRows = 16;  // above, rms_norm in front costs less and gives the same bits
+cudaError_t small_linear(const SmallLinearArgs& args, cudaStream_t stream);
+
+// Null tensors switch a filter (or the stream) off.
+struct SamplingArgs {
+  const float* temperature;  // [n]; 0: the row is greedy. Null: every row is
+  const int64_t* seed;       // [n]
+  const int64_t* position;   // [n]
+  const int64_t* stream;     // [n]
+  const int64_t* top_k;      // [n]; 0: off
+  const float* top_p;        // [n]; 1: off
+  const float* min_p;        // [n]; 0: off
+};
+
+struct ExitHeadArgs {
+  const void* hidden;  // [n, c]
+  int64_t hidden_stride;
+  const void* norm_weight;  // [c] or null: hidden is normed; with n up to kFusedNormRows
+  float eps;
+  const void* lm_head;  // [v, c]
+  int64_t lm_head_stride;
+  const void* bias;  // [v] or null
+  float logit_scale;
+  float softcap;  // 0: no cap
+  SamplingArgs sampling;
+  float* logits;  // [n, v], needed with a filter; null: not kept
+  int64_t logits_stride;
+  bool keep_logits;    // of every row, not only of filtered ones
+  void* partials;      // scratch of n * ceil(v / kTileRows) * kPartialBytes bytes
+  int64_t* token;      // out [n]
+  float* logprob;      // out [n]
+  float* confidence;   // out [n]
+  int64_t n, c, v;
+  DType dtype;  // of hidden, norm_weight, lm_head, bias
+};
+constexpr int kTileRows = 16;  // tokens of the vocabulary that share a partial result
+constexpr int kPartialBytes = 20;
+cudaError_t exit_head(const ExitHeadArgs& args, cudaStream_t stream);
+
 struct SwigluArgs {
   const void* gate;  // [m, n]
   int64_t gate_stride;

@@ -44,17 +44,21 @@ def why_unsupported(op: str, *, device: torch.device, dtype: torch.dtype) -> str
 _TOKEN_OPS = ("verify_tokens", "verify_rejection")  # their dtypes are fixed, whatever the model's
 OPS = {}
 if cuda_library()[0] is not None:
+    from layerskip_kernels.native.cuda.exit_head import exit_head
     from layerskip_kernels.native.cuda.kv_rollback import kv_rollback
     from layerskip_kernels.native.cuda.rms_norm import rms_norm
     from layerskip_kernels.native.cuda.rope_append import rope_append
+    from layerskip_kernels.native.cuda.small_linear import small_linear
     from layerskip_kernels.native.cuda.swiglu import swiglu
     from layerskip_kernels.native.cuda.verify_rejection import verify_rejection
     from layerskip_kernels.native.cuda.verify_tokens import verify_tokens
 
     OPS = {
+        "exit_head": exit_head,
         "kv_rollback": kv_rollback,
         "rms_norm": rms_norm,
         "rope_append": rope_append,
+        "small_linear": small_linear,
         "swiglu": swiglu,
         "verify_rejection": verify_rejection,
         "verify_tokens": verify_tokens,

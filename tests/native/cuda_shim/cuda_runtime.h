@@ -28,7 +28,7 @@ inline void __threadfence() {}
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
   T result;
-  std::memcpy(&result, shim::exchange(&value, sizeof value) + 32 * (lane & 31), sizeof value);
+  std::memcpy(&result, shim::exchange(&value, sizeof value)[lane & 31].bytes, sizeof value);
   return result;
 }
 template <class T>
@@ -41,9 +41,9 @@ T __shfl_up_sync(unsigned mask, T value, int distance) {
   return __shfl_sync(mask, value, lane < distance ? lane : lane - distance);
 }
 inline unsigned __ballot_sync(unsigned, bool value) {
-  const unsigned char* slots = shim::exchange(&value, 1);
+  const shim::Slot* slots = shim::exchange(&value, 1);
   unsigned result = 0;
-  for (int lane = 0; lane < 32; ++lane) result |= unsigned(slots[32 * lane]) << lane;
+  for (int lane = 0; lane < 32; ++lane) result |= unsigned(slots[lane].bytes[0]) << lane;
   return result;
 }
 

@@ -50,10 +50,15 @@ struct Barrier {
 #endif
 };
 
+union Slot {
+  unsigned char bytes[64];
+  float as_float[16];
+};
+
 // What the lanes of a warp show each other. Two sides in turn: one barrier per exchange is enough.
 struct Warp {
   Barrier barrier;
-  alignas(16) unsigned char slots[2][kWarp][32];
+  Slot slots[2][kWarp];
 };
 
 struct Thread {
@@ -214,13 +219,13 @@ inline void run_block() {
 
 #endif
 
-// Shows `bytes` of every lane to the others; returns all lanes' slots, 32 bytes apart.
-inline const unsigned char* exchange(const void* mine, size_t bytes) {
+// Shows `bytes` of every lane to the others; returns all lanes' slots.
+inline const Slot* exchange(const void* mine, size_t bytes) {
   Warp& warp = *current->warp;
-  unsigned char(*slots)[32] = warp.slots[current->exchanges++ & 1];
-  std::memcpy(slots[current->number % kWarp], mine, bytes);
+  Slot* slots = warp.slots[current->exchanges++ & 1];
+  std::memcpy(slots[current->number % kWarp].bytes, mine, bytes);
   wait_warp();
-  return slots[0];
+  return slots;
 }
 
 inline void prepare(dim3 block, size_t shared_bytes) {

@@ -38,27 +38,26 @@ void copy_async_wait() {
   shim::finish_copies(kPending);
 }
 
-inline uint16_t half_of(uint32_t pair, int which) { return uint16_t(pair >> 16 * which); }
-
 // PTX ISA, mma.m16n8k16: with g = lane / 4 and t = lane % 4,
 //   A: a[0] (g, 2t), a[1] (g + 8, 2t), a[2] (g, 2t + 8), a[3] (g + 8, 2t + 8), each with the next column above it
 //   B: b[0] (2t, g), b[1] (2t + 8, g), each with the next row above it
 //   C: c[0] (g, 2t), c[1] (g, 2t + 1), c[2] (g + 8, 2t), c[3] (g + 8, 2t + 1)
 template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-  const unsigned char* slots = shim::exchange(mine, sizeof mine);
-  const auto element = [&](int lane, int word, int which) {
-    uint32_t pair;
-    std::memcpy(&pair, slots + 32 * lane + 4 * word, 4);
-    return to_float(T{half_of(pair, which)});
-  };
+  float mine[12];  // both elements of a[0..3], then of b[0..1]
+  for (int i = 0; i < 6; ++i) {
+    const uint32_t pair = i < 4 ? a[i] : b[i - 4];
+    mine[2 * i] = to_float(T{uint16_t(pair)});
+    mine[2 * i + 1] = to_float(T{uint16_t(pair >> 16)});
+  }
+  const shim::Slot* slots = shim::exchange(mine, sizeof mine);
   const int lane = shim::current->number & 31;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
       const int holder = k % 8 / 2, upper = k / 8;
-      c[i] += element(row % 8 * 4 + holder, row / 8 + 2 * upper, k % 2) * element(column * 4 + holder, 4 + upper, k % 2);
+      const float x = slots[row % 8 * 4 + holder].as_float[2 * (row / 8 + 2 * upper) + k % 2];
+      c[i] += x * slots[column * 4 + holder].as_float[8 + 2 * upper + k % 2];
     }
   }
 }
@@ -68,14 +67,14 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 template <bool kTransposed>
 void load_matrices(uint32_t (&r)[4], const void* row) {
   check_aligned(row);
-  const unsigned char* slots = shim::exchange(&row, sizeof row);
+  const shim::Slot* slots = shim::exchange(&row, sizeof row);
   const int lane = shim::current->number & 31;
   for (int i = 0; i < 4; ++i) {
     r[i] = 0;
     for (int j = 0; j < 2; ++j) {
       const int from = kTransposed ? lane % 4 * 2 + j : lane / 4, at = kTransposed ? lane / 4 : lane % 4 * 2 + j;
       const uint16_t* address;
-      std::memcpy(&address, slots + 32 * (8 * i + from), sizeof address);
+      std::memcpy(&address, slots[8 * i + from].bytes, sizeof address);
       r[i] |= uint32_t(address[at]) << 16 * j;
     }
   }
