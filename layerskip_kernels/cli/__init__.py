@@ -11,7 +11,9 @@ from layerskip_kernels.cli.doctor import doctor
 from layerskip_kernels.cli.errors import INTERRUPTED
 from layerskip_kernels.cli.generate import generate
 from layerskip_kernels.cli.inspect import inspect
+from layerskip_kernels.cli.sweep import sweep
 from layerskip_kernels.cli.train import train
+from layerskip_kernels.cli.tune import tune
 
 
 class Commands(click.Group):
@@ -38,6 +40,8 @@ def app(debug: bool) -> None:
 app.add_command(generate)
 app.add_command(train)
 app.add_command(benchmark)
+app.add_command(sweep)
+app.add_command(tune)
 app.add_command(inspect)
 app.add_command(correctness)
 app.add_command(doctor)

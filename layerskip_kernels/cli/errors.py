@@ -24,7 +24,8 @@ def one_sentence() -> Iterator[None]:
     """Turns what the library raises about its input into a CliError; `layerskip --debug` keeps the traceback."""
     try:
         yield
-    except BrokenPipeError:  # not the input's fault: the reader of standard output left, as `head` does
+    except (BrokenPipeError, click.exceptions.Exit):
+        # not the input's fault: the reader of standard output left, as `head` does; or the command ends itself
         raise
     except (ValueError, TypeError, ArithmeticError, OSError, RuntimeError) as error:
         if click.get_current_context().find_root().params.get("debug"):

@@ -121,11 +121,13 @@ def exit_options(command: Callable) -> Callable:
     return command
 
 
-def token_options(command: Callable) -> Callable:
+def token_options(command: Callable | None = None, *, max_steps: int = 512) -> Callable:
     """How tokens are chosen and when to stop."""
+    if command is None:
+        return partial(token_options, max_steps=max_steps)
     for option in reversed(
         [
-            click.option("--max_steps", type=click.IntRange(1), default=512, help="Most new tokens per prompt."),
+            click.option("--max_steps", type=click.IntRange(1), default=max_steps, help="Most new tokens per prompt."),
             click.option("--sample", type=TrueFalse(), is_flag=False, flag_value="True", default="False"),
             click.option("--temperature", type=float, default=0.6),
             click.option("--top_k", type=int, default=0, help="0: all tokens."),
@@ -141,13 +143,24 @@ def token_options(command: Callable) -> Callable:
     return command
 
 
-def dataset_options(command: Callable | None = None, *, required: bool = True) -> Callable:
-    """Which prompts to measure on; `cli.measuring.load_prompts` reads them."""
+def dataset_options(
+    command: Callable | None = None,
+    *,
+    required: bool = True,
+    dataset: str | None = None,
+    num_samples: int | None = None,
+) -> Callable:
+    """Which prompts to measure on; `cli.measuring.load_prompts` reads them. `dataset`, `num_samples`: the defaults."""
     if command is None:
-        return partial(dataset_options, required=required)
+        return partial(dataset_options, required=required and dataset is None, dataset=dataset, num_samples=num_samples)
     for option in reversed(
         [
-            click.option("--dataset", required=required, help="Name of a data set; an unknown one lists them."),
+            click.option(
+                "--dataset",
+                required=required,
+                default=dataset,
+                help="Name of a data set; an unknown one lists them.",
+            ),
             click.option(
                 "--data_path",
                 type=click.Path(path_type=Path),
@@ -163,7 +176,12 @@ def dataset_options(command: Callable | None = None, *, required: bool = True) -
                 default="True",
                 help="Prompts in random order, by --seed.",
             ),
-            click.option("--num_samples", type=click.IntRange(1), help="Most prompts to ask.  [default: all]"),
+            click.option(
+                "--num_samples",
+                type=click.IntRange(1),
+                default=num_samples,
+                help="Most prompts to ask." + ("" if num_samples else "  [default: all]"),
+            ),
         ]
     ):
         command = option(command)

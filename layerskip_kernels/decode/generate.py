@@ -117,7 +117,7 @@ class Generation:
                 launched.append(self._launch())
             if ended or len(launched) > self.lag:
                 ended = self._collect(*launched.popleft()) or ended
-            self.stats.decode_seconds += time.perf_counter() - started
+            self.stats.round_seconds.append(time.perf_counter() - started)
         for request in self.batch.drop_finished():
             self._release(request)
 

@@ -10,7 +10,6 @@ class GenerationStats:
     """What a call to `generate` did. A round of a batch counts once for every sequence in it."""
 
     prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
     tokens: int = 0  # emitted, the first token of each sequence (from its prefill) included
     decode_tokens: int = 0  # emitted by rounds
     rounds: int = 0
@@ -20,6 +19,12 @@ class GenerationStats:
         default_factory=list
     )  # [K]: rounds that reached draft position i, all before accepted
     accepted_at: list[int] = field(default_factory=list)  # [K]: rounds that accepted it
+    round_seconds: list[float] = field(default_factory=list)  # of every round of the whole batch
+
+    @property
+    def decode_seconds(self) -> float:
+        """All rounds together."""
+        return sum(self.round_seconds)
 
     @property
     def acceptance_rate(self) -> float | None:

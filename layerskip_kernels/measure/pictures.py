@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from layerskip_kernels.measure.lens import LayerReport, Lens
+from layerskip_kernels.measure.sweep import Cell, rank
 
 TOKENS_SHOWN = 24  # in the logit lens: more would not be legible
 
@@ -76,3 +78,45 @@ def _visible(tokenizer: Any, token: int) -> str:
     text = tokenizer.decode([token]).replace("\n", "\\n").replace("\t", "\\t").replace(" ", "\u00b7")
     text = "".join(c if c.isprintable() and c != "\ufffd" else "?" for c in text)
     return text if len(text) <= 9 else text[:8] + "…"
+
+
+def draw_sweep(cells: Sequence[Cell]) -> Figure:
+    """Speed-up over (E, K) as a heat map and as contours; the best cell has a star, predictions are in italics."""
+    layers = sorted({cell.exit_layer for cell in cells})
+    speculations = sorted({cell.num_speculations for cell in cells})
+    grid = np.full((len(layers), len(speculations)), np.nan)
+    for cell in cells:
+        grid[layers.index(cell.exit_layer), speculations.index(cell.num_speculations)] = cell.best_known or np.nan
+    # a contour needs two points each way, and no hole
+    contours = min(grid.shape) > 1 and not np.isnan(grid).any()
+    height = 2 + 0.32 * len(layers)
+    figure = Figure(figsize=((2.2 if contours else 1.2) * (3 + 0.5 * len(speculations)), max(4, height)))
+    figure.set_layout_engine("constrained")
+    all_axes = figure.subplots(1, 2 if contours else 1, squeeze=False)[0]
+    reach = max(abs(np.nanmax(grid) - 1), abs(1 - np.nanmin(grid)), 0.05)
+    scale = dict(cmap="RdBu", vmin=1 - reach, vmax=1 + reach)  # white: neither faster nor slower
+    image = all_axes[0].imshow(grid, aspect="auto", origin="lower", **scale)
+    best = min(cells, key=rank)
+    for cell in cells:
+        place = speculations.index(cell.num_speculations), layers.index(cell.exit_layer)
+        value = cell.best_known
+        if value is None:
+            continue
+        text = f"{value:.2f}" + (" \u2605" if cell is best else "")
+        style = "italic" if cell.speedup is None else "normal"
+        color = "white" if abs(value - 1) > 0.65 * reach else "black"
+        all_axes[0].text(*place, text, ha="center", va="center", fontsize=7, style=style, color=color)
+    all_axes[0].set_xticks(range(len(speculations)), speculations)
+    all_axes[0].set_yticks(range(len(layers)), layers)
+    if contours:
+        lines = all_axes[1].contourf(speculations, layers, grid, levels=12, **scale)
+        all_axes[1].contour(lines, colors="0.3", linewidths=0.5)
+        all_axes[1].plot(best.num_speculations, best.exit_layer, "k*", markersize=14, clip_on=False)
+        for axis in (all_axes[1].xaxis, all_axes[1].yaxis):
+            axis.get_major_locator().set_params(integer=True)
+    for axes in all_axes:
+        axes.set(xlabel="drafts per round, K", ylabel="exit layer, E")
+    predicted = any(cell.speedup is None for cell in cells)
+    figure.suptitle("speed-up over autoregressive decoding" + (" (italics: predicted)" if predicted else ""))
+    figure.colorbar(image, ax=list(all_axes), label="speed-up")
+    return figure

@@ -10,7 +10,7 @@ from typing import Any
 
 from layerskip_kernels.files import write_whole
 from layerskip_kernels.measure.lens import LayerReport
-from layerskip_kernels.models.checkpoint import read_json
+from layerskip_kernels.models.tuned import write_choice
 
 MAX_SPECULATIONS = 12  # K is looked for in 1..12
 
@@ -86,10 +86,3 @@ def record(folder: Path, setting: Setting, layers: Sequence[LayerReport], **more
     write_choice(folder, {"exit_layer": setting.exit_layer, "num_speculations": setting.num_speculations})
     report = {"setting": asdict(setting), "layers": [asdict(layer) for layer in layers], **more}
     write_whole(folder / "exits.json", (json.dumps(report, indent=2) + "\n").encode())
-
-
-def write_choice(folder: Path, choice: dict[str, Any]) -> None:
-    """Makes `choice` the `layerskip` entry of the folder's config.json."""
-    config = read_json(folder / "config.json")
-    config["layerskip"] = choice
-    write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from layerskip_kernels.measure.settings import Setting
 
 PLAIN = {"generation_strategy": "autoregressive"}
 
 
+def how(setting: Setting | None) -> dict[str, Any]:
+    """The arguments of `generate` for a setting; None is autoregressive decoding."""
+    if setting is None:
+        return PLAIN
+    return dict(exit_layer=setting.exit_layer, num_speculations=setting.num_speculations)
+
+
 def fastest(
-    decoder, prompts: Sequence[Sequence[int]], choices: Sequence[Setting], *, repeats: int, **options
+    decoder: Any,
+    prompts: Sequence[Sequence[int]],
+    choices: Sequence[Setting],
+    *,
+    repeats: int,
+    tick: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> list[tuple[Setting | None, float]]:
     """(setting, tokens per second) of every choice and of autoregressive decoding (None), on this machine, best first.
 
-    Up to `decoder.max_batch_size` prompts are decoded together. The figures are medians over `repeats`; `options` go to
-    `generate`.
+    Up to `decoder.max_batch_size` prompts are decoded together, by every choice before the next ones are. The repeats
+    of a call do the same work round by round, so each round counts with the least time it took: the machine
+    undisturbed. `options` go to `generate`, with a seed if they sample; `tick()` is called after every repeat.
     """
-    speeds: dict[Setting | None, list[float]] = {choice: [] for choice in (None, *choices)}
     size = decoder.max_batch_size
-    for repeat in range(repeats + 1):
-        for choice, speed in speeds.items():
-            how = PLAIN
-            if choice:
-                how = dict(exit_layer=choice.exit_layer, num_speculations=choice.num_speculations)
-            tokens = seconds = 0
-            for start in range(0, len(prompts), size):
-                stats = decoder.generate(prompts[start : start + size], **options, **how).stats
-                tokens, seconds = tokens + stats.decode_tokens, seconds + stats.decode_seconds
-            if repeat and seconds:  # the first one warms up
-                speed.append(tokens / seconds)
-    medians = [(choice, statistics.median(speed)) for choice, speed in speeds.items() if speed]
-    return sorted(medians, key=lambda pair: -pair[1])
+    tokens, seconds = 0, dict.fromkeys((None, *choices), 0.0)
+    for start in range(0, len(prompts), size):
+        rounds: dict[Setting | None, list[list[float]]] = {choice: [] for choice in seconds}
+        for _ in range(repeats):
+            for choice, times in rounds.items():
+                stats = decoder.generate(prompts[start : start + size], **options, **how(choice)).stats
+                times.append(stats.round_seconds)
+            tick()
+        tokens += stats.decode_tokens
+        for choice, times in rounds.items():
+            seconds[choice] += sum(map(min, zip(*times)))
+    speeds = [(choice, tokens / total) for choice, total in seconds.items() if tokens]
+    return sorted(speeds, key=lambda pair: -pair[1])

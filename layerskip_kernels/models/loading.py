@@ -12,6 +12,7 @@ from torch import Tensor
 from layerskip_kernels.models.checkpoint import Checkpoint, read_json
 from layerskip_kernels.models.config import MODEL_CLASSES, ModelConfig, check_supported, config_dtype, parse_dtype
 from layerskip_kernels.models.hub import checkpoint_folder
+from layerskip_kernels.models.tuned import user_choice
 from layerskip_kernels.models.weights import EMBEDDING, LM_HEAD, ModelWeights, assemble, check_tensors, tensor_shapes
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def load_checkpoint(
     wanted = None if dtype == "auto" else parse_dtype(dtype)
     folder = checkpoint_folder(path_or_id)
     hf_config = _read_config(folder)
+    if choice := user_choice(folder):
+        hf_config.layerskip = choice
     generation_config = None
     if (folder / "generation_config.json").is_file():
         generation_config = read_json(folder / "generation_config.json")
