@@ -14,6 +14,7 @@ set(LAYERSKIP_CUDA_OPS
     rope_append
     small_linear
     swiglu
+    verify_attention
     verify_rejection
     verify_tokens
 )

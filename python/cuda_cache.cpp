@@ -57,10 +57,46 @@ Error kv_rollback(Address k_cache, const Ints<5>& k_cache_stride, Address v_cach
   return error_text(lk::cuda::kv_rollback(args, stream_of(stream)));
 }
 
+// sizes: b, t, h, g, d, capacity.
+Error verify_attention(Address q, const Ints<4>& q_stride, Address k_cache, const Ints<4>& k_cache_stride,
+                       Address v_cache, const Ints<4>& v_cache_stride, Address out, const Ints<4>& out_stride,
+                       Address lengths, Address slot_ids, Address num_queries, Address tree_mask,
+                       int64_t tree_mask_stride, int64_t sliding_window, float scale, const Ints<6>& sizes, int dtype,
+                       Address scratch, Address stream) {
+  lk::cuda::VerifyAttentionArgs args{};
+  args.q = pointer(q);
+  copy_outer(q_stride, args.q_stride);
+  args.k_cache = pointer(k_cache);
+  copy_outer(k_cache_stride, args.k_cache_stride);
+  args.v_cache = pointer(v_cache);
+  copy_outer(v_cache_stride, args.v_cache_stride);
+  args.out = pointer(out);
+  copy_outer(out_stride, args.out_stride);
+  args.lengths = pointer<int32_t>(lengths);
+  args.slot_ids = pointer<int32_t>(slot_ids);
+  args.num_queries = pointer<int32_t>(num_queries);
+  args.tree_mask = pointer<bool>(tree_mask);
+  args.tree_mask_stride = tree_mask_stride;
+  args.sliding_window = sliding_window;
+  args.scale = scale;
+  args.b = sizes[0], args.t = sizes[1], args.h = sizes[2], args.g = sizes[3], args.d = sizes[4];
+  args.capacity = sizes[5];
+  args.dtype = lk::DType(dtype);
+  args.scratch = pointer<float>(scratch);
+  py::gil_scoped_release release;
+  return error_text(lk::cuda::verify_attention(args, stream_of(stream)));
+}
+
+int64_t verify_attention_scratch(const Ints<6>& sizes) {
+  return lk::cuda::verify_attention_scratch(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]);
+}
+
 }  // namespace
 
 void bind_cache(py::module_& module) {
   module.def("rope_append", &rope_append);
   module.def("kv_rollback", &kv_rollback);
+  module.def("verify_attention", &verify_attention);
+  module.def("verify_attention_scratch", &verify_attention_scratch);
   module.attr("ROLLBACK_MAX_WINDOW") = lk::cuda::kRollbackMaxWindow;
 }

@@ -16,6 +16,7 @@ from layerskip_kernels.native import cuda_library
 TESTS = Path(__file__).parent
 GROUPS = {
     "rows": ("rms_norm", "swiglu", "rope_append", "kv_rollback"),
+    "attention": ("verify_attention",),
     "products": ("small_linear", "exit_head"),
     "tokens": ("verify_tokens", "verify_rejection"),
 }

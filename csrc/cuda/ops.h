@@ -123,6 +123,30 @@ struct RopeAppendArgs {
 };
 cudaError_t rope_append(const RopeAppendArgs& args, cudaStream_t stream);
 
+struct VerifyAttentionArgs {
+  const void* q;  // [b, t, h, d], strides of the first three dimensions; same below
+  int64_t q_stride[3];
+  const void* k_cache;  // [slots, g, s, d]
+  int64_t k_cache_stride[3];
+  const void* v_cache;
+  int64_t v_cache_stride[3];
+  void* out;  // [b, t, h, d]
+  int64_t out_stride[3];
+  const int32_t* lengths;      // [b]
+  const int32_t* slot_ids;     // [b] or null: row i in slot i
+  const int32_t* num_queries;  // [b] or null: t
+  const bool* tree_mask;       // [t, t] or null
+  int64_t tree_mask_stride;
+  int64_t sliding_window;  // 0: none
+  float scale;
+  int64_t b, t, h, g, d, capacity;  // capacity: s
+  DType dtype;                      // of q, the caches and out
+  float* scratch;                   // verify_attention_scratch() bytes
+};
+constexpr int kMinChunk = 64;  // positions of the cache whose results are merged, at least
+int64_t verify_attention_scratch(int64_t b, int64_t t, int64_t h, int64_t g, int64_t d, int64_t capacity);
+cudaError_t verify_attention(const VerifyAttentionArgs& args, cudaStream_t stream);
+
 struct KvRollbackArgs {
   void* k_cache;  // [layers, slots, g, s, d], strides of the first four dimensions
   int64_t k_cache_stride[4];

@@ -50,6 +50,7 @@ if cuda_library()[0] is not None:
     from layerskip_kernels.native.cuda.rope_append import rope_append
     from layerskip_kernels.native.cuda.small_linear import small_linear
     from layerskip_kernels.native.cuda.swiglu import swiglu
+    from layerskip_kernels.native.cuda.verify_attention import verify_attention
     from layerskip_kernels.native.cuda.verify_rejection import verify_rejection
     from layerskip_kernels.native.cuda.verify_tokens import verify_tokens
 
@@ -60,6 +61,7 @@ if cuda_library()[0] is not None:
         "rope_append": rope_append,
         "small_linear": small_linear,
         "swiglu": swiglu,
+        "verify_attention": verify_attention,
         "verify_rejection": verify_rejection,
         "verify_tokens": verify_tokens,
     }
