@@ -33,10 +33,11 @@ def write_user_choice(folder: Path, choice: dict[str, Any]) -> Path:
 def user_choice(folder: Path) -> dict[str, Any] | None:
     """What `write_user_choice` kept for this checkpoint, as long as its config.json is the same."""
     path = _user_file(folder)
-    return read_json(path).get("layerskip") if path.is_file() else None
+    return read_json(path).get("layerskip") if os.path.isfile(path) else None  # False also where it may not be read
 
 
 def _user_file(folder: Path) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # os.path: a user without a home folder has no cache, which is no error
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     identity = str(folder.resolve()).encode() + b"\0" + (folder / "config.json").read_bytes()
     return cache / "layerskip_kernels" / "tuned" / f"{hashlib.sha256(identity).hexdigest()[:32]}.json"
