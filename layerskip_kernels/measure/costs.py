@@ -16,7 +16,7 @@ from layerskip_kernels.decode.graphs import CudaDevice
 from layerskip_kernels.measure.settings import Setting
 from layerskip_kernels.ops import ExitHead
 
-_ROUNDS = 4
+_ROUNDS = 8  # of a text that is decoded to time whole ones
 REPEATS = 16  # a figure is the least of so many, taken in turns with all others: the machine undisturbed
 
 
@@ -77,7 +77,7 @@ def measure_costs(
     `tick()` is called `repeats` + 1 times.
     """
     batch, layers = decoder.max_batch_size, decoder.config.num_layers
-    context = len(prompt) + (max_speculations + 1) * _ROUNDS // 2
+    context = len(prompt) + _ROUNDS
     widths = sorted({*range(1, min(max_speculations, 8) + 2), *range(1, max_speculations + 2, 4), max_speculations + 1})
     phases = _Phases(decoder, batch, context, widths[-1])
     half = max(1, layers // 2)
@@ -86,9 +86,9 @@ def measure_costs(
         probes["layers", width] = phases.timer(partial(phases.layers, layers, width))
         probes["half", width] = phases.timer(partial(phases.layers, half, width))
         probes["head", width] = phases.timer(partial(phases.head, width))
-    # K of the rounds timed as a whole, short ones since a busy machine interrupts the others; 0: autoregressive
-    whole = {0, 1, min(max_speculations, 4)}
-    probes |= {("round", drafts): partial(_round, decoder, prompt, drafts) for drafts in whole}
+    # whole rounds too, the shortest ones, as a busy machine interrupts the others
+    probes["plain"] = partial(_round, decoder, prompt, 0)
+    probes["round"] = partial(_round, decoder, prompt, 1)
     times: dict[Any, list[float]] = {name: [] for name in probes}
     for repeat in range((repeats or REPEATS) + 1):
         for name, probe in probes.items():
@@ -104,15 +104,11 @@ def measure_costs(
         layer = np.clip((whole_stack - half_stack) / (layers - half), 0.0, whole_stack / layers)
     calls = whole_stack - layers * layer
     bare = Costs(layers, batch, context, widths, layer.tolist(), calls.tolist(), heads.tolist(), 0.0, 0.0, 0.0)
-    over = {k: max(0.0, least["round", k] - bare.round(decoder.exit_layer, k)) for k in whole if k}
-    few, many = min(over), max(over)
-    per_draft = max(0.0, over[many] - over[few]) / (many - few) if few < many else 0.0
-    return replace(
-        bare,
-        plain_overhead=max(0.0, least["round", 0] - bare.step()),
-        round_overhead=max(0.0, over[few] - few * per_draft),
-        draft_overhead=per_draft,
-    )
+    # a round does once what an autoregressive step does besides layers and head; what it takes more is the draft's
+    plain = max(0.0, least["plain"] - bare.step())
+    once_and_draft = max(0.0, least["round"] - bare.round(decoder.exit_layer, 1))
+    once = min(plain, once_and_draft)
+    return replace(bare, plain_overhead=plain, round_overhead=once, draft_overhead=once_and_draft - once)
 
 
 def _rising(seconds: Sequence[float]) -> np.ndarray:
