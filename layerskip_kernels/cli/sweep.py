@@ -190,7 +190,7 @@ def _fast(measured: Any, layers: range, speculations: range, found: dict, csv: P
             # the best ones, and one from the middle of the ranking
             chosen = [s for s, _ in ranked[: max(1, options["verify"] - 1)]] + [ranked[len(ranked) // 2][0]]
             for s in dict.fromkeys(chosen[: options["verify"]]):
-                measured.autoregressive()
+                measured.autoregressive(anew=True)  # beside the cell, with as many repeats
                 cell = measured.measure(s.exit_layer, s.num_speculations)
                 found[s.exit_layer, s.num_speculations] = replace(
                     cell, predicted_speedup=found[s.exit_layer, s.num_speculations].predicted_speedup

@@ -77,12 +77,12 @@ class Sweep:
         self.plain_speed = 0.0
         self._plain_rounds: list[float] | None = None
 
-    def autoregressive(self) -> None:
-        """Times plain decoding. Called again, because a machine's speed wanders, it keeps each round's least time."""
+    def autoregressive(self, *, anew: bool = False) -> None:
+        """Times plain decoding. Called again it keeps each round's least time of all calls, or with `anew` its own."""
         self.answers, rounds, counts = self._decode(PLAIN)
         if not counts["decode_tokens"]:
             raise ValueError("the model ends every answer at once, so no decoding can be timed: choose other prompts")
-        self._plain_rounds = list(map(min, zip(rounds, self._plain_rounds or rounds)))
+        self._plain_rounds = list(map(min, zip(rounds, rounds if anew else self._plain_rounds or rounds)))
         self.plain_speed = counts["decode_tokens"] / sum(self._plain_rounds)
 
     def measure(self, exit_layer: int, num_speculations: int) -> Cell:
