@@ -23,6 +23,8 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
+from layerskip_kernels.messages import shown
+
 log = logging.getLogger("layerskip_kernels")
 
 DECODE_OPS = (  # what a decoder binds
@@ -78,8 +80,8 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def check_backend_name(name: str, source: str = "backend") -> str:
-    if name not in _MODULES and name != "auto":
-        raise ValueError(f"{source}={name!r}: choose auto, {', '.join(_MODULES)}")
+    if not isinstance(name, str) or (name not in _MODULES and name != "auto"):
+        raise ValueError(f"{source}={shown(name)}: choose auto, {', '.join(_MODULES)}")
     return name
 
 

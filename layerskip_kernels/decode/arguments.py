@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from layerskip_kernels.decode.batch import SamplingOptions
+from layerskip_kernels.messages import shown
 
 DEFAULT_SPECULATIONS = 6
 
@@ -16,9 +18,9 @@ def device(value: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = str(value).partition(":")
     if kind not in ("cpu", "cuda") or not (index.isdecimal() or not index):
-        raise ValueError(f"device={str(value)!r}: choose auto, cpu, cuda or cuda:0, cuda:1, ...")
+        raise ValueError(f"device={shown(str(value))}: choose auto, cpu, cuda or cuda:0, cuda:1, ...")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={str(value)!r}: torch finds {torch.cuda.device_count()} CUDA devices here")
+        raise ValueError(f"device={shown(str(value))}: torch finds {torch.cuda.device_count()} CUDA devices here")
     return torch.device(value)
 
 
@@ -27,7 +29,7 @@ def exit_layer(value: int | None, config, default: int | None) -> int | None:
     if value is None:
         return default if layers > 1 else None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"exit_layer={value!r}: must be a whole number, 1..{layers - 1}")
+        raise TypeError(f"exit_layer={shown(value)}: must be a whole number, 1..{layers - 1}")
     if not 1 <= value < layers:
         raise ValueError(f"exit_layer={value}: the model has {layers} layers, choose 1..{layers - 1}")
     return value
@@ -42,46 +44,91 @@ def speculations(value: int | None, default: int) -> int:
 
 def whole(name: str, value: int, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: must be a whole number")
+        raise TypeError(f"{name}={shown(value)}: must be a whole number")
     if value < low:
         raise ValueError(f"{name}={value}: must be at least {low}")
     return value
 
 
+def true_or_false(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={shown(value)}: must be True or False")
+    return value
+
+
+def number(name: str, value: float, allowed: str) -> float:
+    """As float. Raises TypeError when it is not a number, ValueError when it is NaN or too large."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={shown(value)}: must be a number, {allowed}")
+    try:
+        converted = float(value)
+    except OverflowError:
+        converted = float("inf")
+    if not abs(converted) < float("inf"):
+        raise ValueError(f"{name}={shown(value)}: must be {allowed}")
+    return converted
+
+
 def eos_ids(value, config) -> tuple[int, ...]:
     if value is None:
         return config.eos_token_ids
-    ids = (value,) if isinstance(value, int) else tuple(value)
+    ids = (value,) if isinstance(value, int) else value
+    allowed = f"choose token ids in 0..{config.vocab_size - 1}"
+    if isinstance(ids, (str, bytes, dict, torch.Tensor)) or not isinstance(ids, Iterable):
+        raise TypeError(f"eos_token_id={shown(value)}: {allowed}")
+    ids = tuple(ids)
     for token in ids:
-        if not isinstance(token, int) or not 0 <= token < config.vocab_size:
-            raise ValueError(f"eos_token_id={token!r}: choose token ids in 0..{config.vocab_size - 1}")
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise TypeError(f"eos_token_id={shown(token)}: {allowed}")
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(f"eos_token_id={shown(token)}: {allowed}")
     return ids
 
 
+def check_streamer(streamer: Any, prompts: int) -> None:
+    if streamer is None:
+        return
+    if not all(callable(getattr(streamer, name, None)) for name in ("put", "end")) or isinstance(
+        streamer, torch.Tensor
+    ):
+        raise TypeError(f"streamer={shown(streamer)}: needs the methods put(ids) and end() of transformers' streamers")
+    if prompts != 1:
+        raise ValueError(f"streamer: works for one prompt, got {prompts}")
+
+
 def sampling(count: int, sample, temperature, top_k, top_p, min_p, seed) -> list[SamplingOptions | None]:
-    if not sample:
+    if not true_or_false("sample", sample):
         return [None] * count
-    if not 0 <= temperature < float("inf"):
+    temperature = number("temperature", temperature, "0 or more")
+    if temperature < 0:
         raise ValueError(f"temperature={temperature}: must be 0 or more")
     whole("top_k", top_k, 0)
+    top_k = min(top_k, 2**31 - 1)  # more than any vocabulary
+    top_p = number("top_p", top_p, "above 0 and at most 1")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
+    min_p = number("min_p", min_p, "in 0..1")
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p={min_p}: must be in 0..1")
-    return [SamplingOptions(float(temperature), top_k, float(top_p), *key, float(min_p)) for key in keys(count, seed)]
+    return [SamplingOptions(temperature, top_k, top_p, *key, min_p) for key in keys(count, seed)]
 
 
 def keys(count: int, seed: int | Sequence[int] | None) -> list[tuple[int, int]]:
     """(seed, stream) of each of `count` requests."""
     if seed is None:
         seed = int(torch.empty((), dtype=torch.int64).random_())
+    if isinstance(seed, torch.Tensor) and seed.dim() == 1 and not seed.is_meta:
+        seed = seed.tolist()
     if isinstance(seed, int):
         pairs = [(seed, i) for i in range(count)]
+    elif not isinstance(seed, Sequence) or isinstance(seed, (str, bytes)):
+        raise TypeError(f"seed={shown(seed)}: must be a whole number, or a list of one for each prompt")
     elif len(seed) == count:
-        pairs = [(int(s), 0) for s in seed]
+        pairs = [(s, 0) for s in seed]
     else:
         raise ValueError(f"seed: {len(seed)} values for {count} prompts, give one number or one for each")
     for value, _ in pairs:
+        whole("seed", value, value)
         if not -(2**63) <= value < 2**63:
             raise ValueError(f"seed={value}: must fit in 64 bits")
     return pairs

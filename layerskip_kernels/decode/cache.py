@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import torch
 
 from layerskip_kernels.models.config import ModelConfig
@@ -15,10 +17,10 @@ class KVCache:
         shape = (config.num_layers, slots, config.num_kv_heads, capacity, config.head_dim)
         try:
             self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in "kv")
-        except RuntimeError as error:
-            size = 2 * torch.Size(shape).numel() * dtype.itemsize / 2**30
+        except (RuntimeError, TypeError) as error:  # TypeError: a size that does not fit in 64 bits
+            size = 2 * math.prod(shape) * dtype.itemsize // 2**30 + 1
             raise MemoryError(
-                f"max_batch_size={slots}: a KV cache of {capacity} positions for each sequence needs {size:.1f} GiB, "
+                f"max_batch_size={slots}: a KV cache of {capacity} positions for each sequence needs {size} GiB, "
                 f"which {device} does not have"
             ) from error
 

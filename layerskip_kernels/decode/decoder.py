@@ -20,6 +20,7 @@ from layerskip_kernels.decode.prompts import encode
 from layerskip_kernels.decode.result import GenerationResult, GenerationStats
 from layerskip_kernels.decode.stop import StopStrings
 from layerskip_kernels.decode.workspace import Workspace
+from layerskip_kernels.messages import shown
 
 log = logging.getLogger("layerskip_kernels")
 
@@ -39,6 +40,7 @@ class SelfSpeculativeDecoder:
 
     def __init__(self, loaded, *, exit_layer, num_speculations, backend, max_batch_size, max_length):
         config = loaded.config
+        registry.check_backend_name(backend)
         self.config, self.tokenizer = config, loaded.tokenizer
         self.ops = registry.bind(loaded.weights.embedding.device, loaded.weights.embedding.dtype, backend)
         self.model = Model(config, loaded.weights, self.ops)
@@ -115,6 +117,8 @@ class SelfSpeculativeDecoder:
 
         loaded = from_transformers(hf_model)
         if tokenizer is not None:
+            if not callable(tokenizer) or not callable(getattr(tokenizer, "decode", None)):
+                raise TypeError(f"tokenizer={shown(tokenizer)}: expected a transformers tokenizer")
             loaded = replace(loaded, tokenizer=tokenizer)
         return cls(
             loaded,
@@ -191,8 +195,9 @@ class SelfSpeculativeDecoder:
         """
         arguments.whole("max_new_tokens", max_new_tokens, 1)
         ids = encode(prompts, self.tokenizer, self.config.vocab_size)
-        if streamer is not None and len(ids) != 1:
-            raise ValueError(f"streamer: works for one prompt, got {len(ids)}")
+        arguments.check_streamer(streamer, len(ids))
+        arguments.true_or_false("deterministic_prefill", deterministic_prefill)
+        arguments.true_or_false("output_logits", output_logits)
         sampling = arguments.sampling(len(ids), sample, temperature, top_k, top_p, min_p, seed)
         requests = [Request(p, max_new_tokens, s) for p, s in zip(ids, sampling)]
         stop = StopStrings(stop_strings, self.tokenizer)
@@ -237,8 +242,9 @@ class SelfSpeculativeDecoder:
         **options: Any,
     ) -> GenerationStats:
         """What `generate` and the integrations have in common: decode these requests, which receive the results."""
-        if generation_strategy not in STRATEGIES:
-            raise ValueError(f"generation_strategy={generation_strategy!r}: choose {', '.join(STRATEGIES)}")
+        if not isinstance(generation_strategy, str) or generation_strategy not in STRATEGIES:
+            value = shown(generation_strategy)
+            raise ValueError(f"generation_strategy={value}: choose {', '.join(STRATEGIES)}")
         exit_layer = arguments.exit_layer(exit_layer, self.config, self.exit_layer)
         if exit_layer is None and generation_strategy != "autoregressive":
             raise ValueError(f"generation_strategy={generation_strategy!r}: a model of 1 layer has no early exit")

@@ -3,7 +3,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
+from layerskip_kernels.decode.arguments import number
 from layerskip_kernels.decode.batch import Request
+from layerskip_kernels.messages import shown
 
 
 class Processing:
@@ -12,9 +17,8 @@ class Processing:
     def __init__(self, logits_processor, stopping_criteria, repetition_penalty: float, min_new_tokens: int, eos_ids):
         self.processors = _callables("logits_processor", logits_processor)
         self.criteria = _callables("stopping_criteria", stopping_criteria)
-        if isinstance(repetition_penalty, bool) or not isinstance(repetition_penalty, (int, float)):
-            raise TypeError(f"repetition_penalty={repetition_penalty!r}: must be a number above 0, 1 is off")
-        if not 0 < repetition_penalty < float("inf"):
+        repetition_penalty = number("repetition_penalty", repetition_penalty, "above 0, 1 is off")
+        if repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={repetition_penalty}: must be above 0, 1 is off")
         self.repetition_penalty, self.min_new_tokens, self.eos_ids = repetition_penalty, min_new_tokens, eos_ids
 
@@ -33,7 +37,7 @@ class Processing:
 
         processors = LogitsProcessorList()
         if self.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         if self._delays_eos:
             processors.append(
                 MinNewTokensLengthLogitsProcessor(
@@ -41,7 +45,22 @@ class Processing:
                 )
             )
         processors += self.processors
-        return processors or None, StoppingCriteriaList(self.criteria) or None
+        return processors or None, StoppingCriteriaList(map(_Criterion, self.criteria)) or None
+
+
+class _Criterion:
+    """A stopping criterion whose answer is looked at before transformers' list combines it with others."""
+
+    def __init__(self, criterion: Callable):
+        self.criterion = criterion
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> bool | torch.Tensor:
+        met = self.criterion(ids, scores, **kwargs)
+        if not (isinstance(met, (bool, np.bool_)) or (isinstance(met, torch.Tensor) and met.dtype == torch.bool)):
+            raise TypeError(
+                f"stopping_criteria: returned {shown(met)}, expected True or False, or a bool tensor of them"
+            )
+        return met
 
 
 def _callables(name: str, value: Any) -> Sequence[Callable]:

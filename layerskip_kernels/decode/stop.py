@@ -4,15 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerskip_kernels.decode.batch import Request
+from layerskip_kernels.messages import shown
 
 
 class StopStrings:
     """Finds the token that completes a stop string, wherever in a token, or across tokens, the string lies."""
 
     def __init__(self, strings: str | Sequence[str] | None, tokenizer: Any):
-        self.strings = [strings] if isinstance(strings, str) else list(strings or ())
-        if any(not isinstance(s, str) or not s for s in self.strings):
-            raise ValueError(f"stop_strings={strings!r}: expected non-empty strings")
+        strings = () if strings is None else (strings,) if isinstance(strings, str) else strings
+        if not isinstance(strings, (list, tuple, set, frozenset)) or not all(isinstance(s, str) for s in strings):
+            raise TypeError(f"stop_strings={shown(strings)}: expected strings")
+        if not all(strings):
+            raise ValueError(f"stop_strings={shown(strings)}: expected non-empty strings")
+        self.strings = list(strings)
         if self.strings and tokenizer is None:
             raise ValueError("stop_strings: needs a tokenizer and the checkpoint has none")
         self.tokenizer = tokenizer

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerskip_kernels.messages import shown
 from layerskip_kernels.models.rope import RopeConfig
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ MODEL_CLASSES = {
     "smollm3": "SmolLM3ForCausalLM",
 }
 SUPPORTED_MODELS = "llama (Llama 1 to 3.2, CodeLlama, SmolLM2), mistral, qwen2 (Qwen2, Qwen2.5), qwen3, smollm3"
+MAX_LAYERS = 4096
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -108,7 +110,7 @@ class ModelConfig:
             sliding_windows=_sliding_windows(get, num_layers),
             use_rope=_use_rope(get, num_layers),
             rope=_rope(config, head_dim),
-            eos_token_ids=_token_ids(eos if eos is not None else get("eos_token_id")),
+            eos_token_ids=_token_ids(eos if eos is not None else get("eos_token_id"), config.vocab_size),
             bos_token_id=get("bos_token_id"),
             pad_token_id=get("pad_token_id"),
             dtype=dtype or config_dtype(config) or torch.float32,
@@ -127,14 +129,17 @@ def check_supported(get: Callable[[str], Any]) -> None:
     `get` maps a name of ``config.json`` to its value, None when it is absent.
     """
     model_type = get("model_type")
-    if model_type not in MODEL_CLASSES:
+    if not isinstance(model_type, str) or model_type not in MODEL_CLASSES:
         raise ValueError(f"model_type={model_type!r} is not supported, supported are {SUPPORTED_MODELS}")
     architectures = get("architectures")
-    if architectures and MODEL_CLASSES[model_type] not in architectures:
+    if architectures and not (isinstance(architectures, list) and MODEL_CLASSES[model_type] in architectures):
         raise ValueError(
-            f"architectures={list(architectures)} is not supported, "
+            f"architectures={architectures} is not supported, "
             f"a model of type {model_type!r} must be a {MODEL_CLASSES[model_type]}"
         )
+    layers = get("num_hidden_layers")
+    if isinstance(layers, int) and not 1 <= layers <= MAX_LAYERS:  # before a list of so many entries is made
+        raise ValueError(f"num_hidden_layers={layers} is not supported, choose 1..{MAX_LAYERS}")
     if quantization := get("quantization_config"):
         method = _getter(quantization)("quant_method")
         raise ValueError(
@@ -155,8 +160,9 @@ def config_dtype(config: PretrainedConfig) -> torch.dtype | None:
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A ``torch.dtype`` from itself or its name. Raises ValueError when it is not float32, float16 or bfloat16."""
     parsed = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if parsed not in SUPPORTED_DTYPES:
-        raise ValueError(f"dtype={dtype} is not supported, choose float32, float16 or bfloat16")
+    if not isinstance(parsed, torch.dtype) or parsed not in SUPPORTED_DTYPES:
+        given = shown(dtype).strip("'")
+        raise ValueError(f"dtype={given} is not supported, choose float32, float16 or bfloat16")
     return parsed
 
 
@@ -238,7 +244,11 @@ def _recorded_exit(recorded: Any, num_layers: int) -> tuple[int | None, int | No
     return exit_layer, num_speculations
 
 
-def _token_ids(ids: Any) -> tuple[int, ...]:
+def _token_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
+    """Those of the end-of-sequence ids that the model can emit."""
     if ids is None:
         return ()
-    return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+    ids = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+    if not all(type(token) is int for token in ids):
+        raise ValueError(f"eos_token_id={list(ids)}: expected whole numbers")
+    return tuple(token for token in ids if 0 <= token < vocab_size)

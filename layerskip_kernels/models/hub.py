@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from layerskip_kernels.messages import shown
+
 # safetensors, configuration and tokenizer; never pickles, code, or other frameworks' copies of the weights
 _ALLOW = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
 _IGNORE = ["*/*"]
@@ -15,9 +17,17 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
     Raises ValueError when it is neither a folder nor an id, ConnectionError when the hub cannot be reached or has no
     such model, PermissionError when the model is gated and access was not granted.
     """
+    if not isinstance(path_or_id, (str, Path)):
+        raise TypeError(f"model: expected a folder or the id of a model on the hub, got {type(path_or_id).__name__}")
+    if not str(path_or_id):
+        raise ValueError("model='': expected a folder or the id of a model on the hub")
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path
+    try:
+        if path.is_dir():
+            return path
+    except (OSError, ValueError) as error:  # too long a name, a null character
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"model={shown(str(path_or_id))}: no folder can have this name ({reason})") from error
     if path.suffix == ".gguf":
         raise ValueError(f"{path_or_id}: GGUF files are not supported, give a folder with safetensors weights")
     if path.exists():

@@ -48,7 +48,7 @@ def load_checkpoint(
         ValueError: a model, dtype or file format that is not supported, or files that are damaged or do not match.
         ConnectionError, PermissionError: the hub has no such model or cannot be reached; the model is gated.
     """
-    wanted = None if dtype == "auto" else parse_dtype(dtype)
+    wanted = None if isinstance(dtype, str) and dtype == "auto" else parse_dtype(dtype)
     folder = checkpoint_folder(path_or_id)
     hf_config = _read_config(folder)
     if choice := user_choice(folder):
@@ -92,7 +92,7 @@ def _named(where: Path, read):
     """Puts the name of the file in front of what is wrong with its contents."""
     try:
         return read()
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # of values of any type
         raise ValueError(f"{where}: {error}") from error
 
 
