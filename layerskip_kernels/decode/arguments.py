@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,15 +56,15 @@ def true_or_false(name: str, value: bool) -> bool:
     return value
 
 
-def number(name: str, value: float, allowed: str) -> float:
-    """As float. Raises TypeError when it is not a number, ValueError when it is NaN or too large."""
+def number(name: str, value: float, valid: Callable[[float], bool], allowed: str) -> float:
+    """As float. `allowed` says in words which numbers are `valid`; NaN and what is too large for a float never are."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={shown(value)}: must be a number, {allowed}")
     try:
         converted = float(value)
     except OverflowError:
         converted = float("inf")
-    if not abs(converted) < float("inf"):
+    if not (abs(converted) < float("inf") and valid(converted)):
         raise ValueError(f"{name}={shown(value)}: must be {allowed}")
     return converted
 
@@ -99,17 +99,11 @@ def check_streamer(streamer: Any, prompts: int) -> None:
 def sampling(count: int, sample, temperature, top_k, top_p, min_p, seed) -> list[SamplingOptions | None]:
     if not true_or_false("sample", sample):
         return [None] * count
-    temperature = number("temperature", temperature, "0 or more")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature}: must be 0 or more")
+    temperature = number("temperature", temperature, lambda t: t >= 0, "0 or more")
     whole("top_k", top_k, 0)
     top_k = min(top_k, 2**31 - 1)  # more than any vocabulary
-    top_p = number("top_p", top_p, "above 0 and at most 1")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
-    min_p = number("min_p", min_p, "in 0..1")
-    if not 0 <= min_p <= 1:
-        raise ValueError(f"min_p={min_p}: must be in 0..1")
+    top_p = number("top_p", top_p, lambda p: 0 < p <= 1, "above 0 and at most 1")
+    min_p = number("min_p", min_p, lambda p: 0 <= p <= 1, "in 0..1")
     return [SamplingOptions(temperature, top_k, top_p, *key, min_p) for key in keys(count, seed)]
 
 

@@ -17,10 +17,8 @@ class Processing:
     def __init__(self, logits_processor, stopping_criteria, repetition_penalty: float, min_new_tokens: int, eos_ids):
         self.processors = _callables("logits_processor", logits_processor)
         self.criteria = _callables("stopping_criteria", stopping_criteria)
-        repetition_penalty = number("repetition_penalty", repetition_penalty, "above 0, 1 is off")
-        if repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty={repetition_penalty}: must be above 0, 1 is off")
-        self.repetition_penalty, self.min_new_tokens, self.eos_ids = repetition_penalty, min_new_tokens, eos_ids
+        penalty = number("repetition_penalty", repetition_penalty, lambda p: p > 0, "above 0, 1 is off")
+        self.repetition_penalty, self.min_new_tokens, self.eos_ids = penalty, min_new_tokens, eos_ids
 
     @property
     def needed(self) -> bool:
