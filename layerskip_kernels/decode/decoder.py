@@ -17,6 +17,7 @@ from layerskip_kernels.decode.generate import STRATEGIES, Generation
 from layerskip_kernels.decode.model import Model
 from layerskip_kernels.decode.processors import Processing
 from layerskip_kernels.decode.prompts import encode
+from layerskip_kernels.decode.rejection import rejection_of
 from layerskip_kernels.decode.result import GenerationResult, GenerationStats
 from layerskip_kernels.decode.stop import StopStrings
 from layerskip_kernels.decode.workspace import Workspace
@@ -160,6 +161,8 @@ class SelfSpeculativeDecoder:
         streamer: Any = None,
         deterministic_prefill: bool = False,
         output_logits: bool = False,
+        verification: str = "coupled",
+        rejection_method: str | None = None,
     ) -> GenerationResult:
         """Continue each prompt. What comes out does not depend on the strategy's speculation, nor on the batch.
 
@@ -186,6 +189,12 @@ class SelfSpeculativeDecoder:
                 emits, then `end()`. If it has `put_draft(ids)`, that is called with each round's drafts first.
             deterministic_prefill: prompts of 32 tokens and more give the same bits for every thread count, too (slow).
             output_logits: keep the raw logits, before any processing, in `result.logits`.
+            verification: of sampled drafts. "coupled": drafts share the model's noise, and are accepted where they are
+                its own tokens. "rejection": speculative sampling as in the literature, to compare with; the same
+                distribution, but the text depends on the exit layer and `num_speculations`, and logits processors,
+                penalties and stopping criteria are not available.
+            rejection_method: "standard" (the default; Leviathan et al., arXiv 2211.17192) or "block" (Sun et al., arXiv
+                2403.10444), which accepts more.
 
         Returns:
             `GenerationResult`. Ctrl-C ends the call with what was generated so far.
@@ -208,6 +217,9 @@ class SelfSpeculativeDecoder:
             for request in requests:
                 its_own = processing.for_request(request, self.device)
                 Controls([request], *its_own, stop=stop, eos_ids=eos_ids, device=self.device)
+        rejection = rejection_of(
+            verification, rejection_method, requests, sample, generation_strategy, processing.needed
+        )
         stats = self.run(
             requests,
             generation_strategy=generation_strategy,
@@ -218,6 +230,7 @@ class SelfSpeculativeDecoder:
             streamer=streamer,
             deterministic_prefill=deterministic_prefill,
             output_logits=output_logits,
+            rejection=rejection,
         )
         sequences = [r.tokens for r in requests]
         text = None

@@ -11,6 +11,7 @@ from layerskip_kernels.decode.batch import Request
 from layerskip_kernels.decode.buffers import Round
 from layerskip_kernels.decode.controls import Controls
 from layerskip_kernels.decode.prefill import prefill, sampling_for
+from layerskip_kernels.decode.rejection import Rejection
 from layerskip_kernels.decode.result import GenerationStats
 from layerskip_kernels.decode.round import plain_round, self_speculative_round
 from layerskip_kernels.decode.workspace import Workspace
@@ -35,6 +36,7 @@ class Generation:
         streamer: Any,
         deterministic_prefill: bool,
         output_logits: bool,
+        rejection: Rejection | None = None,
     ):
         self.model, self.cache, self.batch = workspace.model, workspace.cache, workspace.batch
         self.requests = requests
@@ -51,7 +53,9 @@ class Generation:
         sampled = requests[0].sampling is not None
         self.output_logits = output_logits
         self.control = self._control if requests[0].controls else None
-        self.needs_logits = output_logits or (self.control is not None and requests[0].controls.needs_logits)
+        self.rejection = rejection
+        controlled = self.control is not None and requests[0].controls.needs_logits
+        self.needs_logits = output_logits or controlled or rejection is not None
         self.buffers, self.graphs = workspace.rounds(self.drafts, sampled, self.needs_logits)
         if self.control or self.show_draft:  # the host looks into the round
             self.graphs = None
@@ -137,9 +141,8 @@ class Generation:
 
     def _run_round(self, r: Round) -> None:
         if self.speculative:
-            self_speculative_round(
-                self.model, self.cache, r, self.exit_layer, self.eos_ids, self.show_draft, self.control
-            )
+            hooks = self.show_draft, self.control, self.rejection
+            self_speculative_round(self.model, self.cache, r, self.exit_layer, self.eos_ids, *hooks)
         else:
             plain_round(self.model, self.cache, r, self.last_layer, self.eos_ids, self.control)
 

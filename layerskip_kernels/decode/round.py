@@ -13,6 +13,8 @@ import torch
 from layerskip_kernels.decode.buffers import Round
 from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.model import Model
+from layerskip_kernels.decode.rejection import Rejection
+from layerskip_kernels.ops import Sampling
 
 
 def self_speculative_round(
@@ -23,19 +25,23 @@ def self_speculative_round(
     eos_ids: torch.Tensor,
     show_draft: Callable[[Round], None] | None = None,
     control: Callable[[Round], None] | None = None,
+    rejection: Rejection | None = None,
 ) -> None:
     """Draft with layers [0, exit_layer), verify with the rest, accept, roll back.
 
-    `control` may replace the model's own tokens, and end sequences, before they are emitted.
+    `control` may replace the model's own tokens, and end sequences, before they are emitted. `rejection` draws and
+    accepts in its own way.
     """
     begin(model, r)
-    draft(model, cache, r, exit_layer)
+    if rejection is not None:
+        rejection.begin(r)
+    draft(model, cache, r, exit_layer, rejection)
     if show_draft is not None:
         show_draft(r)
-    verify(model, cache, r, exit_layer)
+    verify(model, cache, r, exit_layer, None if rejection else r.verify_sampling)
     if control is not None:
         control(r)
-    accept(model, r, eos_ids)
+    accept(model, r, eos_ids, rejection)
     roll_back(model, cache, r)
 
 
@@ -50,7 +56,7 @@ def plain_round(
     """One token by layers [0, last_layer): autoregressive decoding, or early exit. A round without drafts."""
     begin(model, r)
     step(model, cache, r, 0, last_layer)
-    choose(model, r)
+    choose(model, r, r.verify_sampling)
     if control is not None:
         control(r)
     accept(model, r, eos_ids)
@@ -70,10 +76,13 @@ def begin(model: Model, r: Round) -> None:
             repeated.copy_(per_request)
 
 
-def draft(model: Model, cache: KVCache, r: Round, exit_layer: int) -> None:
+def draft(model: Model, cache: KVCache, r: Round, exit_layer: int, rejection: Rejection | None) -> None:
     """K tokens by the early layers, whose hidden states are kept; then their pass over the last draft."""
     for t in range(r.drafts):
         step(model, cache, r, t, exit_layer)
+        if rejection is not None:
+            r.tokens[:, t + 1] = rejection.draw(model, r, t)
+            continue
         if r.sampled:
             r.draft_sampling.position.copy_(r.next_positions[:, t])
         model.head(r.exit_hidden[:, t], r.draft_sampling, r.draft_head)
@@ -88,27 +97,23 @@ def step(model: Model, cache: KVCache, r: Round, t: int, last_layer: int) -> Non
     model.run_layers(0, last_layer, r.exit_hidden[:, t : t + 1], cache, **r.at[t])
 
 
-def verify(model: Model, cache: KVCache, r: Round, exit_layer: int) -> None:
+def verify(model: Model, cache: KVCache, r: Round, exit_layer: int, sampling: Sampling | None) -> None:
     """The remaining layers on the whole window at once: the model's own token after each of its positions."""
     model.run_layers(exit_layer, model.config.num_layers, r.exit_hidden, cache, **r.whole)
-    choose(model, r)
+    choose(model, r, sampling)
 
 
-def choose(model: Model, r: Round) -> None:
-    model.head(r.exit_rows, r.verify_sampling, r.verify_head, None if r.logits is None else r.logits.flatten(0, 1))
+def choose(model: Model, r: Round, sampling: Sampling | None) -> None:
+    model.head(r.exit_rows, sampling, r.verify_head, None if r.logits is None else r.logits.flatten(0, 1))
 
 
-def accept(model: Model, r: Round, eos_ids: torch.Tensor) -> None:
+def accept(model: Model, r: Round, eos_ids: torch.Tensor, rejection: Rejection | None = None) -> None:
     """Emit the drafts that equal the model's tokens, and one token more; the last one becomes pending."""
-    model.ops.verify_tokens(
-        r.tokens[:, 1:],
-        r.target,
-        r.num_draft,
-        eos_ids=eos_ids,
-        remaining=r.remaining,
-        finished=r.finished,
-        out=r.verified,
-    )
+    ends = dict(eos_ids=eos_ids, remaining=r.remaining, finished=r.finished, out=r.verified)
+    if rejection is None:
+        model.ops.verify_tokens(r.tokens[:, 1:], r.target, r.num_draft, **ends)
+    else:
+        rejection.accept(model, r, **ends)
     r.remaining.sub_(r.verified.num_emitted)
     # Of a sequence that had ended, which the host may not have seen yet, any token does.
     torch.sub(r.verified.num_emitted, 1, out=r.last).clamp_(min=0)
