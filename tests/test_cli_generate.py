@@ -18,7 +18,9 @@ from tiny_models import tiny_checkpoint, tiny_tokenizer
 import layerskip_kernels as lk
 from layerskip_kernels import registry
 from layerskip_kernels.cli import app
-from layerskip_kernels.cli.options import BACKENDS, STRATEGIES
+from layerskip_kernels.cli.options import BACKENDS, METHODS, STRATEGIES, VERIFICATIONS
+from layerskip_kernels.decode import rejection
+from layerskip_kernels.ops.verify_rejection import METHODS as REJECTION_METHODS
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,18 @@ def test_compare_prints_the_speed_up(run, answers):
     assert ratio == pytest.approx(speculative / plain, abs=0.02)
     assert ["same", "tokens"] in rows
     assert "x" not in {row[-1] for row in map(str.split, run("--prompt", "Hello").stderr.splitlines()) if row}
+
+
+def test_rejection_draws_what_the_decoder_draws(run, answers):
+    options = dict(sample=True, seed=42, temperature=1.5, verification="rejection", rejection_method="block")
+    arguments = ("--sample", "--temperature", 1.5, "--verification", "rejection", "--rejection_method", "block")
+    result = run("--prompt", "Hello", "--exit_layer", 2, *arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == answers("Hello", exit_layer=2, **options)[0] + "\n"
+    compared = run("--prompt", "Hello", "--compare", *arguments)
+    assert compared.exit_code == 0 and "speed-up" in compared.stderr and "tokens: please" not in compared.stderr
+    assert "needs sample=True" in sentence(run("--prompt", "Hello", "--verification", "rejection"))
+    assert "which was not chosen" in sentence(run("--prompt", "Hello", "--rejection_method", "block"))
 
 
 def test_several_prompts_stand_above_their_answers(run, answers, tmp_path):
@@ -203,6 +217,7 @@ def test_refused_values_come_with_the_allowed_ones(run):
     assert "x>=1" in usage("--max_steps", 0)
     assert "'gpu' is not auto, cpu, cuda or cuda:N" in usage("--device", "gpu")
     assert set(BACKENDS) == {"auto", *registry._MODULES}
+    assert VERIFICATIONS == rejection.VERIFICATIONS and METHODS == REJECTION_METHODS
 
 
 def test_debug_keeps_the_traceback(checkpoint):

@@ -14,7 +14,13 @@ from rich.console import Console
 from layerskip_kernels.cli.compare import compare
 from layerskip_kernels.cli.errors import INTERRUPTED, CliError, one_sentence
 from layerskip_kernels.cli.load import load_decoder
-from layerskip_kernels.cli.options import MetaCommand, TrueFalse, generation_options, model_options
+from layerskip_kernels.cli.options import (
+    MetaCommand,
+    TrueFalse,
+    generation_options,
+    model_options,
+    verification_options,
+)
 from layerskip_kernels.cli.prompts import given_prompts, typed_prompts
 from layerskip_kernels.cli.report import Record, print_stats
 from layerskip_kernels.cli.screen import Screen, visible
@@ -31,6 +37,7 @@ STREAMERS = ("standard", "speculative", "none")
 )
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template; typed prompts keep the conversation.")
 @generation_options
+@verification_options
 @click.option(
     "--streamer", type=click.Choice(STREAMERS), default="standard", help="speculative: show drafts, then correct them."
 )
@@ -58,7 +65,8 @@ def generate(ctx: click.Context, **options: Any) -> None:
     if prompts is not None:
         interrupted = run.answer_all(prompts) if len(prompts) > 1 else run.answer(prompts[0])
         if options["compare"] and not interrupted:
-            interrupted = compare(lambda strategy: run.generate(prompts, None, strategy))
+            same = options["verification"] == "coupled"
+            interrupted = compare(lambda strategy: run.generate(prompts, None, strategy), same_tokens=same)
     else:
         interrupted = False  # of typed prompts Ctrl-C stops one answer, and the command only where a prompt is typed
         for prompt in typed_prompts():
@@ -107,6 +115,7 @@ class Run:
 
     def generate(self, prompts: list[str], streamer: TextStreamer | None, strategy: str | None = None) -> Any:
         options = self.options
+        drafts = {name: options[name] for name in ("verification", "rejection_method")}
         with one_sentence():
             return self.decoder.generate(
                 [self._chat_ids(prompt) for prompt in prompts] if options["chat"] else prompts,
@@ -120,6 +129,7 @@ class Run:
                 stop_strings=list(options["stop_words"]) or None,
                 eos_token_id=self._eos_ids(),
                 streamer=streamer,
+                **({} if strategy == "autoregressive" else drafts),
             )
 
     def _finish(self, prompts: list[str], result: Any) -> bool:

@@ -12,6 +12,8 @@ import click
 
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+VERIFICATIONS = ("coupled", "rejection")
+METHODS = ("standard", "block")
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 
@@ -115,6 +117,23 @@ def exit_options(command: Callable) -> Callable:
             click.option(
                 "--num_speculations", type=int, default=-1, help="Tokens drafted per round; -1: recorded or default."
             ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def verification_options(command: Callable) -> Callable:
+    """How sampled drafts are accepted."""
+    for option in reversed(
+        [
+            click.option(
+                "--verification",
+                type=click.Choice(VERIFICATIONS),
+                default=VERIFICATIONS[0],
+                help="Of sampled drafts. coupled: the text does not depend on speculation.",
+            ),
+            click.option("--rejection_method", type=click.Choice(METHODS), help="Of --verification rejection."),
         ]
     ):
         command = option(command)
