@@ -92,6 +92,7 @@ def test_streams_and_keeps_logits(model, decoder):
         (dict(verification="coupled", rejection_method="block"), "rejection_method='block': is of verification="),
         (dict(sample=False), "verification='rejection': decides about sampled drafts, so it needs sample=True"),
         (dict(generation_strategy="autoregressive"), "it needs sample=True and generation_strategy='self_spec"),
+        (dict(generation_strategy=torch.zeros(3)), "it needs sample=True and generation_strategy='self_speculative'"),
         (dict(generation_strategy="early_exit"), "it needs sample=True and generation_strategy='self_spec"),
         (dict(repetition_penalty=1.2), "verification='rejection': works without logits_processor"),
         (dict(min_new_tokens=3, eos_token_id=2), "verification='rejection': works without logits_processor"),

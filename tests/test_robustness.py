@@ -98,6 +98,8 @@ VALID = {
     "streamer": {"None"},
     "deterministic_prefill": BOOLS,
     "output_logits": BOOLS,
+    "verification": set(),
+    "rejection_method": {"None"},
     "max_batch_size": {"1", "2**31", "2**63", "10**400"},
     "max_length": {"None", "2**31", "2**63", "10**400"},
     "tokenizer": {"None"},

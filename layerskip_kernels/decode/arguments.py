@@ -56,6 +56,12 @@ def true_or_false(name: str, value: bool) -> bool:
     return value
 
 
+def one_of(name: str, value: str, choices: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={shown(value)}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+    return value
+
+
 def number(name: str, value: float, valid: Callable[[float], bool], allowed: str) -> float:
     """As float. `allowed` says in words which numbers are `valid`; NaN and what is too large for a float never are."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

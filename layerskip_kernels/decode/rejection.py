@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from layerskip_kernels.decode.arguments import one_of
 from layerskip_kernels.decode.batch import Request
 from layerskip_kernels.decode.buffers import Round
 from layerskip_kernels.decode.model import Model
@@ -62,15 +63,14 @@ def rejection_of(
     verification: str, method: str | None, requests: Sequence[Request], sample: bool, strategy: str, processed: bool
 ) -> Rejection | None:
     """What `generate` was asked for; None for coupled noise."""
-    if verification not in VERIFICATIONS:
-        raise ValueError(f"verification={verification!r}: choose {' or '.join(VERIFICATIONS)}")
-    if method is not None and method not in METHODS:
-        raise ValueError(f"rejection_method={method!r}: choose {' or '.join(METHODS)}")
+    one_of("verification", verification, VERIFICATIONS)
+    if method is not None:
+        one_of("rejection_method", method, METHODS)
     if verification == "coupled":
         if method is not None:
             raise ValueError(f"rejection_method={method!r}: is of verification='rejection', which was not chosen")
         return None
-    if not sample or strategy != "self_speculative":
+    if not (sample and isinstance(strategy, str) and strategy == "self_speculative"):
         raise ValueError(
             "verification='rejection': decides about sampled drafts, so it needs sample=True and "
             "generation_strategy='self_speculative'"
