@@ -44,7 +44,7 @@ __device__ __forceinline__ void store_vector(T* row, int64_t i, int64_t count, b
     alignas(16) T elements[v.size];
 #pragma unroll
     for (int j = 0; j < v.size; ++j) elements[j] = narrow<T>(v.at[j]);
-    *reinterpret_cast<uint4*>(row + i) = *reinterpret_cast<const uint4*>(elements);
+    store_wide(row + i, *reinterpret_cast<const uint4*>(elements));
   } else {
 #pragma unroll
     for (int j = 0; j < v.size; ++j)

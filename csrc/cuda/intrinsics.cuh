@@ -44,6 +44,11 @@ __device__ __forceinline__ uint4 load_stream(const void* address) {
   return v;
 }
 
+// Said here, since the compiler would rather make four stores of 4 bytes.
+__device__ __forceinline__ void store_wide(void* address, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }

@@ -111,6 +111,7 @@ struct HalfProduct {
   __device__ __forceinline__ void multiply(const Step& step, const LinearInput& a, int64_t index, const float* scales) {
     const int64_t k = first_element(index);
     const int token = threadIdx.x % 32 / 4;
+    if (k - threadIdx.x % 4 * 8 >= a.c) return;  // the whole warp: nothing but zeros follows
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
       const int64_t at = k + i * kChunk;

@@ -27,6 +27,11 @@ inline uint4 load_stream(const void* address) {
   return *static_cast<const uint4*>(address);
 }
 
+inline void store_wide(void* address, uint4 value) {
+  check_aligned(address);
+  *static_cast<uint4*>(address) = value;
+}
+
 inline void copy_async(void* shared, const void* global, int bytes) {
   check_aligned(shared);
   check_aligned(global);

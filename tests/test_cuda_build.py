@@ -1,0 +1,110 @@
+"""What nvcc made of the kernels, read from the built library: registers, spills, matrix instructions, wide loads.
+
+Collected only where the library is built. cuobjdump comes with Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+from layerskip_kernels import native
+from layerskip_kernels.registry import OP_NAMES
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+(LIBRARY,) = Path(native.__file__).parent.glob("_cuda*.so")
+
+
+def cuobjdump(*options: str) -> str:
+    environment = os.environ | {"PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run([TOOLS / "cuobjdump", *options, LIBRARY], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@functools.cache
+def resources() -> dict[tuple[str, str], dict[str, int]]:
+    """{(architecture, mangled kernel): {"REG": …, "STACK": …, "SHARED": …, "LOCAL": …}}"""
+    found, arch, kernel = {}, None, None
+    for line in cuobjdump("--dump-resource-usage").splitlines():
+        if match := re.match(r"arch = (sm_\d+)", line):
+            arch = match.group(1)
+        elif match := re.search(r"Function (\w+):", line):
+            kernel = match.group(1)
+        elif " REG:" in line:
+            found[arch, kernel] = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+    return found
+
+
+def test_every_kernel_is_there_for_every_architecture():
+    kernels = {}
+    for arch, kernel in resources():
+        kernels.setdefault(arch, set()).add(kernel)
+    built = native.cuda_library()[0].build_info()["archs"]
+    assert set(kernels) == {f"sm_{arch}" for arch in re.findall(r"(\d+)-real", built)}
+    assert len({frozenset(names) for names in kernels.values()}) == 1
+    names = " ".join(next(iter(kernels.values())))
+    for op in OP_NAMES:
+        if op not in ("decoder_stack", "early_exit_cross_entropy", "kv_rollback"):
+            assert f"{op}_kernel" in names, op
+    assert "add_lengths_kernel" in names and "move_rows_kernel" in names  # kv_rollback
+
+
+def test_nothing_spills():
+    spilling = {key: usage for key, usage in resources().items() if usage["STACK"] or usage["LOCAL"]}
+    assert not spilling
+
+
+def test_two_blocks_of_a_narrow_product_fit_a_multiprocessor():
+    """256 threads each, 65536 registers: what keeps enough bytes of weights on their way."""
+    narrow = {
+        key: usage["REG"]
+        for key, usage in resources().items()
+        if re.search(r"(small_linear|exit_head)_kernelI\w+Li[12]ELb1E", key[1])
+    }
+    assert len(narrow) >= 2 * 5
+    assert max(narrow.values()) <= 128, narrow
+
+
+WIDE_LOAD, WIDE_STORE, MMA = r"LDG\.E\.\S*128", r"STG\.E\.\S*128", r"HMMA\.16816\.F32"
+CODE = {
+    # the weights' pipeline: straight to registers
+    r"small_linear_kernelINS_4bf16ELi1ELb1E": {r"LDG\.E\.NA\.\S*128": 16, MMA: 8},
+    r"exit_head_kernelINS_3f16ELi2ELb1E": {r"LDG\.E\.NA\.\S*128": 16, MMA: 16},
+    r"small_linear_kernelIfLi1ELb1E": {WIDE_LOAD: 8, r"\bFFMA\b": 64},
+    # keys and values: asynchronous copies, then fragments
+    r"verify_attention_kernelINS_4bf16ELi128E": {r"LDGSTS\.E\.\S*128": 2, r"LDSM\.16\.MT?88\.4": 24, MMA: 32},
+    r"rms_norm_kernelINS_4bf16E": {WIDE_LOAD: 2, WIDE_STORE: 1},
+    r"swiglu_kernelINS_3f16E": {WIDE_LOAD: 2, WIDE_STORE: 1},
+}
+
+
+@pytest.mark.parametrize("kernel", CODE)
+def test_instructions(kernel):
+    """At least so many of each in the code for Hopper (or the newest architecture built)."""
+    arch = "sm_90" if any(arch == "sm_90" for arch, _ in resources()) else max(arch for arch, _ in resources())
+    (name,) = (name for a, name in resources() if a == arch and re.search(kernel, name))
+    code = cuobjdump("-sass", "-arch", arch, "-fun", name)
+    for instruction, least in CODE[kernel].items():
+        assert len(re.findall(instruction, code)) >= least, f"{instruction} in {name}"
+
+
+def test_explains_itself_without_a_driver():
+    """The library loads and lists its ops; the reason why they do not run is one sentence."""
+    code = (
+        "import layerskip_kernels as lk; row = {r.name: r for r in lk.backends()}['cuda']; "
+        "print(row.available, len(row.ops), row.reason)"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    available, ops, reason = result.stdout.strip().split(maxsplit=2)
+    assert available == "False" and int(ops) == 9
+    assert reason.startswith(("no CUDA device", "driver too old", "no usable CUDA device", "this torch build"))
