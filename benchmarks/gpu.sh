@@ -50,6 +50,10 @@ pytest=("$python" -m pytest -p no:cacheprovider -m gpu -q)
 
 for step in $steps; do
     case $step in
+    build)
+        run build env LAYERSKIP_CUDA=1 "$python" setup.py build_ext --inplace
+        "$python" -c "import layerskip_kernels as lk; print(lk.backends())" | tee -a "$results/environment.txt"
+        ;;
     tests) run tests "${pytest[@]}" "${tests[@]}" --junitxml="$results/tests.xml" ;;
     sanitizer)
         sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
@@ -84,7 +88,7 @@ for step in $steps; do
         done
         ;;
     profile) run profile "$python" benchmarks/profile_round.py --device cuda --json "$results/profile.json" ;;
-    *) echo "gpu.sh: no step $step, choose tests, sanitizer, benchmarks, decode, profile" >&2 && exit 2 ;;
+    *) echo "gpu.sh: no step $step, choose build, tests, sanitizer, benchmarks, decode, profile" >&2 && exit 2 ;;
     esac
 done
 
