@@ -3,22 +3,25 @@
 The shim takes the place of the CUDA library when a process starts, so the tests run in processes of their own.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cuda_shim import VARIABLE, build, run
 
 from layerskip_kernels.native import cuda_library
+from layerskip_kernels.native.cuda import launch
 
 TESTS = Path(__file__).parent
 GROUPS = {
     "products": ("small_linear", "exit_head"),
     "others": (
         *("rms_norm", "swiglu", "rope_append", "kv_rollback"),
-        *("verify_attention", "verify_tokens", "verify_rejection"),
+        *("verify_attention", "verify_tokens", "verify_rejection", "kernels_decode"),
     ),
 }
 # float16 takes the same path as bfloat16 here, and these are the tests with the most launches.
@@ -50,7 +53,17 @@ def test_every_op_is_run():
     if library is not None:
         from layerskip_kernels.native.cuda import OPS
 
-        assert {op for ops in GROUPS.values() for op in ops} == set(OPS)
+        assert {op for ops in GROUPS.values() for op in ops} == {*OPS, "kernels_decode"}
+
+
+def test_a_failed_launch_names_the_call(monkeypatch):
+    monkeypatch.setattr(launch, "guard", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "stream", lambda index: 0)
+    tensors = (torch.ones(2, 3, dtype=torch.float16), None, torch.ones(4))
+    message = r"swiglu on cpu with tensors \[2, 3\] float16, \[4\] float32: out of memory"
+    with pytest.raises(RuntimeError, match=message):
+        launch.run("swiglu", lambda argument, stream: "out of memory", tensors, 1)
+    assert launch.run("swiglu", lambda argument, stream: None, tensors, 1) is None
 
 
 def test_no_barrier_is_missing():

@@ -25,10 +25,10 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-TRITON_FILES = ("triton_attention", "triton_decode", "triton_library", "triton_philox")
+OTHER_FILES = ("kernels_decode", "triton_attention", "triton_library", "triton_philox")
 
 
-@pytest.mark.parametrize("name", [*sorted(triton.OPS), *TRITON_FILES])
+@pytest.mark.parametrize("name", [*sorted(triton.OPS), *OTHER_FILES])
 def test_passes_its_tests(name):
     options = ["-q", "-n", "2", "-p", "no:cacheprovider", "--backend", "triton"]
     run = interpreted("-m", "pytest", *options, f"tests/test_{name}.py")
