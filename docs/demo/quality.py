@@ -48,7 +48,12 @@ def main(checkpoint: str, heldout: str, show: int) -> None:
         click.echo(answer + "\n" + "-" * 20)
     ended = sum(reason == "eos" for reason in result.finish_reasons)
     click.echo(f"{sum(map(parses, answers))} of {len(answers)} parse; {ended} ended within {NEW_TOKENS} tokens")
-    click.echo(f"acceptance {result.stats.acceptance_rate:.1%} at E={decoder.exit_layer}, K={decoder.num_speculations}")
+    stats = result.stats
+    click.echo(
+        f"E={decoder.exit_layer}, K={decoder.num_speculations}: {stats.acceptance_rate:.1%} of the drafts accepted, by "
+        f"position {', '.join(f'{share:.1%}' for share in stats.position_acceptance)}; "
+        f"{stats.tokens_per_round:.2f} tokens a round"
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from layerskip_kernels.cli.compare import compare
 from layerskip_kernels.cli.errors import INTERRUPTED, CliError, one_sentence
 from layerskip_kernels.cli.load import load_decoder
 from layerskip_kernels.cli.options import (
+    DEMO,
     MetaCommand,
     TrueFalse,
     generation_options,
@@ -46,8 +47,9 @@ STREAMERS = ("standard", "speculative", "none")
     type=TrueFalse(),
     is_flag=False,
     flag_value="True",
-    default="False",
-    help="Decode again, autoregressively and self-speculatively in turns, and print the speed-up.",
+    default=None,
+    help="Decode again, autoregressively and self-speculatively in turns, and print the speed-up."
+    "  [default: for the demo model]",
 )
 @click.option("--output_dir", type=click.Path(file_okay=False, path_type=Path), help="Also write the answers there.")
 @click.pass_context
@@ -58,6 +60,8 @@ def generate(ctx: click.Context, **options: Any) -> None:
     """
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for what it cannot
     prompts = given_prompts(options["prompt"], options["prompt_file"])
+    if options["compare"] is None:
+        options["compare"] = options["model"] == DEMO
     with one_sentence():
         record = Record(options["output_dir"], _settings(options)) if options["output_dir"] else None
     _notes(ctx, prompts, options)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+DEMO = "demo"  # --model of the checkpoint that comes with the package
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 VERIFICATIONS = ("coupled", "rejection")
@@ -89,7 +90,9 @@ def model_options(command: Callable | None = None, *, max_batch_size: int = 8) -
         return partial(model_options, max_batch_size=max_batch_size)
     for option in reversed(
         [
-            click.option("--model", required=True, help="Folder of a Hugging Face checkpoint, or its id on the hub."),
+            click.option(
+                "--model", default=DEMO, help="Folder of a Hugging Face checkpoint, its id on the hub, or demo."
+            ),
             click.option("--model_args", type=KeyValues(), help="More arguments of the decoder, as max_length=4096."),
             click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="auto: as stored."),
             click.option("--device", type=Device(), default="auto", help="cpu, cuda, cuda:1; auto: a GPU if any."),

@@ -46,7 +46,7 @@ _FLAG = {"type": TrueFalse(), "is_flag": False, "flag_value": "True", "default":
 
 
 @click.command(cls=MetaCommand, short_help="Train a model to exit early, and find its best exit.")
-@click.option("--model", help="Checkpoint to go on with: a folder or an id on the hub.")
+@click.option("--model", help="Checkpoint to go on with: a folder, an id on the hub, or demo.")
 @click.option("--config", help="A config.json to start a new model from, instead of --model.")
 @click.option("--tokenizer", help="Folder or hub id; the model's own unless given.")
 @click.option(

@@ -59,7 +59,7 @@ class SelfSpeculativeDecoder:
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str = "demo",
         *,
         exit_layer: int | None = None,
         num_speculations: int | None = None,
@@ -72,7 +72,7 @@ class SelfSpeculativeDecoder:
         """Load a Hugging Face checkpoint, safetensors only.
 
         Args:
-            model: a local folder or a hub id.
+            model: a local folder, a hub id, or "demo": the small model that comes with the package.
             exit_layer: E, 1..L-1. None: the value recorded with the checkpoint, else L // 4.
             num_speculations: K, drafted tokens per round, 0 or more. None: the recorded value, else 6.
             dtype: "float32", "float16", "bfloat16", or "auto" for the checkpoint's own.

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a local folder, or a download from the Hugging Face hub."""
+"""Where a checkpoint lies: the one that comes with the package, a local folder, or a download from the hub."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from layerskip_kernels.messages import shown
 _ALLOW = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
 _IGNORE = ["*/*"]
 
+DEMO = "demo"  # the model that comes with the package; ./demo is a folder of that name
+
 
 def checkpoint_folder(path_or_id: str | Path) -> Path:
-    """The folder of a checkpoint, downloaded first when `path_or_id` is the id of a model on the hub.
+    """The folder of a checkpoint: "demo" is the package's own; the id of a model on the hub is downloaded first.
 
     Raises ValueError when it is neither a folder nor an id, ConnectionError when the hub cannot be reached or has no
     such model, PermissionError when the model is gated and access was not granted.
@@ -21,6 +23,8 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
         raise TypeError(f"model: expected a folder or the id of a model on the hub, got {type(path_or_id).__name__}")
     if not str(path_or_id):
         raise ValueError("model='': expected a folder or the id of a model on the hub")
+    if path_or_id == DEMO:
+        return Path(__file__).parent / DEMO
     path = Path(path_or_id).expanduser()
     try:
         if path.is_dir():

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from layerskip_kernels.models.hub import DEMO, checkpoint_folder
 from layerskip_kernels.training.data import load_texts, pack
 from layerskip_kernels.training.log import TrainingLog
 from layerskip_kernels.training.parts import model_parts
@@ -34,6 +35,10 @@ class TrainingRun:
     resume: bool = False
     seed: int = 42
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.model == DEMO:
+            self.model = str(checkpoint_folder(DEMO))
 
     def trainer(self) -> LayerSkipTrainer:
         """Everything loaded, nothing trained yet.
@@ -130,6 +135,7 @@ def save(trainer: LayerSkipTrainer, folder: Path, dtype: torch.dtype) -> PreTrai
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     model = model.to(dtype).eval()
+    model.config.use_cache = True  # training had switched it off
     model.save_pretrained(folder)
     trainer.processing_class.save_pretrained(folder)
     return model
