@@ -61,7 +61,8 @@ __device__ __forceinline__ int queries_of(const VerifyAttentionArgs& a, int64_t 
 template <class T, int kMaxDim>
 struct AttentionShared {
   using Tile = AttentionTile<T, kMaxDim>;
-  static constexpr int kStages = sizeof(T) * kMaxDim > 512 ? 1 : 2;
+  // Wide rows have no second stage: two blocks on a multiprocessor overlap as well, and 99 KB hold all but float32 at 256.
+  static constexpr int kStages = sizeof(T) * kMaxDim >= 512 ? 1 : 2;
   static constexpr int kKv = kTileKeys * Tile::kStride;  // elements of a tile of K, or of V
   T q[kQueryRows * Tile::kStride];
   float weights[kAttentionWarps * Tile::kScratch + 4];
