@@ -1,6 +1,6 @@
 """Decoding speed beside transformers' `generate`: same weights, prompts and threads or GPU, taken in turns.
 
-    python benchmarks/decode_speed.py                                # the demo model
+    python benchmarks/decode_speed.py --prompt "def mean(values):"   # the demo model
     python benchmarks/decode_speed.py --model build/smollm2 --exit_layer 20 --num_speculations 2
     python benchmarks/decode_speed.py --shape llama3.2-1b --exit_layer 4 --num_speculations 4 6
     python benchmarks/decode_speed.py --shape llama3-8b --device cuda --batch 16 --backend triton --peers compiled
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import layerskip_kernels as lk
 from layerskip_kernels.models.hub import checkpoint_folder
@@ -117,6 +117,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["transformers"])
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", help="text, for a checkpoint; otherwise random tokens")
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -133,6 +134,8 @@ def main() -> None:
     else:
         folder = checkpoint_folder(arguments.model)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    if arguments.prompt and arguments.shape:
+        raise SystemExit("--prompt: a --shape has no tokenizer, leave it out")
     decoder = lk.SelfSpeculativeDecoder.from_model(
         model, exit_layer=arguments.exit_layer, backend=arguments.backend, max_batch_size=arguments.batch
     )
@@ -141,8 +144,12 @@ def main() -> None:
         for name, p in model.named_parameters()
         if "embed_tokens" not in name or model.config.tie_word_embeddings
     )
-    shape = arguments.batch, arguments.prompt_tokens
-    prompts = torch.randint(0, model.config.vocab_size, shape, generator=torch.manual_seed(1)).to(device)
+    if arguments.prompt:
+        ids = AutoTokenizer.from_pretrained(folder)(arguments.prompt).input_ids
+        prompts, arguments.prompt_tokens = torch.tensor([ids] * arguments.batch, device=device), len(ids)
+    else:
+        shape = arguments.batch, arguments.prompt_tokens
+        prompts = torch.randint(0, model.config.vocab_size, shape, generator=torch.manual_seed(1)).to(device)
     probe = torch.ones((64 if device == "cpu" else 512) << 20, device=device)
 
     def ours(strategy: str, drafts: int | None = None):
