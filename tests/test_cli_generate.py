@@ -101,6 +101,21 @@ def test_rejection_draws_what_the_decoder_draws(run, answers):
     assert "which was not chosen" in sentence(run("--prompt", "Hello", "--rejection_method", "block"))
 
 
+def test_drafts_that_end_early(run, answers):
+    def drafted(*arguments):
+        result = run("--prompt", "Hello", "--exit_layer", 2, *arguments, steps=24)
+        assert result.exit_code == 0, result.output
+        row = result.stderr.splitlines()[-2].split()
+        return result.stdout, int(row[6])
+
+    text, rounds = drafted()
+    for arguments in (("--draft_confidence", 0.999), ("--adaptive_speculations",)):
+        shorter, more = drafted(*arguments)
+        assert shorter == text and more >= rounds
+    assert drafted("--draft_confidence", 0.999)[1] > rounds
+    assert sentence(run("--prompt", "Hello", "--draft_confidence", 2)) == "draft_confidence=2.0: must be in 0..1"
+
+
 def test_several_prompts_stand_above_their_answers(run, answers, tmp_path):
     (tmp_path / "more.jsonl").write_text('{"prompt": "two\\nlines"}\n\n{"prompt": "three", "other": 1}\n')
     (tmp_path / "text.md").write_bytes("\ufefffour ü\r\n".encode())

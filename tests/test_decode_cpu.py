@@ -99,8 +99,9 @@ def test_no_tensor_is_allocated_per_round(monkeypatch, strategy, sample):
 
     def counted(*args):
         with Allocations() as allocations:
-            original(*args)
+            result = original(*args)
         rounds.append(allocations.ops)
+        return result
 
     monkeypatch.setattr(generate, name, counted)
     decoder.generate(

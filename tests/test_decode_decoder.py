@@ -274,7 +274,7 @@ def test_a_round_reuses_its_buffers(decoder, monkeypatch):
 
     def spy(model, cache, r, *args):
         seen.append((cache.k.data_ptr(), r.tokens.data_ptr(), r.exit_hidden.data_ptr(), r.target.data_ptr()))
-        original(model, cache, r, *args)
+        return original(model, cache, r, *args)
 
     monkeypatch.setattr(generate, "self_speculative_round", spy)
     plain(decoder)

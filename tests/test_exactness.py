@@ -132,6 +132,8 @@ def test_no_bit_of_an_answer_depends_on_how_it_was_decoded(dtype, data):
                 generation_strategy="self_speculative",
                 exit_layer=draw(st.integers(1, 3), f"E {number}"),
                 num_speculations=draw(st.one_of(st.integers(0, 9), st.just(30)), f"K {number}"),
+                draft_confidence=draw(st.sampled_from([None, None, 0.3, 0.9]), f"confidence {number}"),
+                adaptive_speculations=draw(st.booleans(), f"K adapts {number}"),
             )
             if number and draw(st.booleans(), "autoregressive in a batch"):
                 strategy = dict(generation_strategy="autoregressive")

@@ -100,6 +100,8 @@ VALID = {
     "output_logits": BOOLS,
     "verification": set(),
     "rejection_method": {"None"},
+    "draft_confidence": {"None", "0", "1"},
+    "adaptive_speculations": BOOLS,
     "max_batch_size": {"1", "2**31", "2**63", "10**400"},
     "max_length": {"None", "2**31", "2**63", "10**400"},
     "tokenizer": {"None"},

@@ -30,7 +30,10 @@ batches = st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=5)
 numbers = st.integers(0, len(PROMPTS) - 1)
 strategies = st.one_of(
     st.just({"generation_strategy": "autoregressive"}),
-    st.fixed_dictionaries({"exit_layer": st.integers(1, 3), "num_speculations": st.integers(0, 5)}),
+    st.fixed_dictionaries(
+        {"exit_layer": st.integers(1, 3), "num_speculations": st.integers(0, 5)},
+        optional={"draft_confidence": st.just(0.5), "adaptive_speculations": st.booleans()},
+    ),
 )
 
 

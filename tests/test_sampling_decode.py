@@ -32,6 +32,7 @@ WAYS = {
     "standard": dict(verification="rejection"),
     "block": dict(verification="rejection", rejection_method="block"),
 }
+ADAPTED = dict(draft_confidence=0.5, adaptive_speculations=True)
 RIGHT, WRONG = 1e-3, 1e-12  # chances of a larger chi-square: at least, at most
 
 
@@ -129,6 +130,11 @@ def test_tokens_have_the_models_distribution(plain_decoder, way, filters):
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_refilled_slots_and_single_drafts(plain_decoder, way):
     assert chance_of(plain_decoder, FILTERS["top-p"], rows=300, new=35, num_speculations=1, **way) > RIGHT
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_drafts_whose_length_adapts(plain_decoder, way):
+    assert chance_of(plain_decoder, FILTERS["min-p"], **way, **ADAPTED) > RIGHT
 
 
 def test_the_check_notices_the_drafts_own_distribution(plain_decoder):

@@ -55,15 +55,25 @@ def normal(weights: torch.Tensor) -> list[float]:
     return (weights / weights.sum()).tolist()
 
 
+def drafts_after(tables: Tables, prefix: tuple[int, ...], drafts: int, confidence: float):
+    """All that may be drafted after a prefix; a draft ends early where the draft's best token is less probable."""
+
+    def extend(draft: tuple[int, ...]):
+        doubtful = draft and float(tables.q[prefix + draft[:-1]].max()) < confidence
+        if doubtful or len(draft) == min(drafts, LENGTH - 1 - len(prefix)):
+            yield draft
+        else:
+            for token in range(VOCAB):
+                yield from extend((*draft, token))
+
+    return extend(())
+
+
 class Case:
     """Every draft after every prefix, one row each, as the decode loop would ask the op about it."""
 
-    def __init__(self, tables: Tables, drafts: int, device: str):
-        keys = [
-            (prefix, draft)
-            for prefix in tables.p
-            for draft in itertools.product(range(VOCAB), repeat=min(drafts, LENGTH - 1 - len(prefix)))
-        ]
+    def __init__(self, tables: Tables, drafts: int, device: str, confidence: float = 0.0):
+        keys = [(prefix, draft) for prefix in tables.p for draft in drafts_after(tables, prefix, drafts, confidence)]
         rows = len(keys)
         self.keys, self.drafts, self.device = keys, drafts, device
         self.draft = torch.zeros(rows, drafts, dtype=torch.int64)
@@ -163,15 +173,17 @@ def round_law(case: Case, verify, method: str) -> dict[tuple, dict[tuple[int, ..
     return law
 
 
-def generated(tables: Tables, drafts: int, verify, method: str, device: str) -> dict[tuple[int, ...], float]:
+def generated(
+    tables: Tables, drafts: int, verify, method: str, device: str, confidence: float
+) -> dict[tuple[int, ...], float]:
     """Probabilities of all sequences of LENGTH tokens, made by rounds of up to `drafts` drafts."""
-    case = Case(tables, drafts, device)
+    case = Case(tables, drafts, device, confidence)
     law = round_law(case, verify, method)
     by_length: list[dict[tuple[int, ...], float]] = [defaultdict(float) for _ in range(LENGTH + 1)]
     by_length[0][()] = 1.0
     for length in range(LENGTH):
         for prefix, mass in by_length[length].items():
-            for draft in itertools.product(range(VOCAB), repeat=min(drafts, LENGTH - 1 - length)):
+            for draft in drafts_after(tables, prefix, drafts, confidence):
                 drawn = mass
                 for t, token in enumerate(draft):
                     drawn *= normal(tables.q[prefix + draft[:t]])[token]
@@ -180,9 +192,9 @@ def generated(tables: Tables, drafts: int, verify, method: str, device: str) -> 
     return by_length[LENGTH]
 
 
-def distance(tables: Tables, drafts: int, verify, method: str, device: str = "cpu") -> float:
+def distance(tables: Tables, drafts: int, verify, method: str, device: str = "cpu", confidence: float = 0.0) -> float:
     """Total variation between what is generated and the target."""
-    found, expected = generated(tables, drafts, verify, method, device), tables.target()
+    found, expected = generated(tables, drafts, verify, method, device, confidence), tables.target()
     assert sum(found.values()) == pytest.approx(1, abs=1e-9)
     return sum(abs(found.get(sequence, 0.0) - mass) for sequence, mass in expected.items()) / 2
 
@@ -193,6 +205,14 @@ def distance(tables: Tables, drafts: int, verify, method: str, device: str = "cp
 @pytest.mark.parametrize("method", METHODS)
 def test_sequences_have_the_targets_probabilities(kernels, method, drafts, close):
     assert distance(Tables(drafts, close), drafts, verify_rejection, method, kernels.device) < EXACT
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_drafts_that_end_in_doubt_change_no_probability(method):
+    tables = Tables(3, False)
+    lengths = {len(draft) for draft in drafts_after(tables, (), 3, 0.5)}
+    assert len(lengths) > 1
+    assert distance(tables, 3, verify_rejection, method, confidence=0.5) < EXACT
 
 
 def with_next_token(result: Verified, weights: torch.Tensor, uniforms: torch.Tensor) -> Verified:

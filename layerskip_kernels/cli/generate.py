@@ -18,9 +18,9 @@ from layerskip_kernels.cli.options import (
     DEMO,
     MetaCommand,
     TrueFalse,
+    draft_options,
     generation_options,
     model_options,
-    verification_options,
 )
 from layerskip_kernels.cli.prompts import given_prompts, typed_prompts
 from layerskip_kernels.cli.report import Record, print_stats
@@ -38,7 +38,7 @@ STREAMERS = ("standard", "speculative", "none")
 )
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template; typed prompts keep the conversation.")
 @generation_options
-@verification_options
+@draft_options
 @click.option(
     "--streamer", type=click.Choice(STREAMERS), default="standard", help="speculative: show drafts, then correct them."
 )
@@ -119,7 +119,7 @@ class Run:
 
     def generate(self, prompts: list[str], streamer: TextStreamer | None, strategy: str | None = None) -> Any:
         options = self.options
-        drafts = {name: options[name] for name in ("verification", "rejection_method")}
+        verification = {name: options[name] for name in ("verification", "rejection_method")}
         with one_sentence():
             return self.decoder.generate(
                 [self._chat_ids(prompt) for prompt in prompts] if options["chat"] else prompts,
@@ -133,7 +133,9 @@ class Run:
                 stop_strings=list(options["stop_words"]) or None,
                 eos_token_id=self._eos_ids(),
                 streamer=streamer,
-                **({} if strategy == "autoregressive" else drafts),
+                draft_confidence=options["draft_confidence"],
+                adaptive_speculations=options["adaptive_speculations"],
+                **({} if strategy == "autoregressive" else verification),
             )
 
     def _finish(self, prompts: list[str], result: Any) -> bool:

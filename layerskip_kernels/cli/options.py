@@ -126,8 +126,8 @@ def exit_options(command: Callable) -> Callable:
     return command
 
 
-def verification_options(command: Callable) -> Callable:
-    """How sampled drafts are accepted."""
+def draft_options(command: Callable) -> Callable:
+    """How sampled drafts are accepted, and where drafts end."""
     for option in reversed(
         [
             click.option(
@@ -137,6 +137,17 @@ def verification_options(command: Callable) -> Callable:
                 help="Of sampled drafts. coupled: the text does not depend on speculation.",
             ),
             click.option("--rejection_method", type=click.Choice(METHODS), help="Of --verification rejection."),
+            click.option(
+                "--draft_confidence", type=float, help="End a draft when the exit gives no token this probability."
+            ),
+            click.option(
+                "--adaptive_speculations",
+                type=TrueFalse(),
+                is_flag=False,
+                flag_value="True",
+                default="False",
+                help="Draft as many tokens as were lately accepted, --num_speculations at most.",
+            ),
         ]
     ):
         command = option(command)

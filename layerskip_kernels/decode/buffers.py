@@ -46,6 +46,7 @@ class Round:
         def vector(name: str, dtype: torch.dtype) -> torch.Tensor:
             return buffers.view(name, dtype, rows)[:, 0]
 
+        self.buffers = buffers
         self.drafts, self.window, self.sampled = drafts, window, buffers.sampled
         self.lengths, self.slot_ids = batch.lengths[:rows], batch.slot_ids[:rows]
         self.pending, self.remaining, self.finished = (

@@ -163,6 +163,8 @@ class SelfSpeculativeDecoder:
         output_logits: bool = False,
         verification: str = "coupled",
         rejection_method: str | None = None,
+        draft_confidence: float | None = None,
+        adaptive_speculations: bool = False,
     ) -> GenerationResult:
         """Continue each prompt. What comes out does not depend on the strategy's speculation, nor on the batch.
 
@@ -195,6 +197,10 @@ class SelfSpeculativeDecoder:
                 penalties and stopping criteria are not available.
             rejection_method: "standard" (the default; Leviathan et al., arXiv 2211.17192) or "block" (Sun et al., arXiv
                 2403.10444), which accepts more.
+            draft_confidence: of self-speculative decoding: a draft ends after a token whose exit gave no token this
+                probability, in 0..1. None: it never does.
+            adaptive_speculations: each sequence's K follows what was lately accepted of its drafts, `num_speculations`
+                at most. Neither changes what is said; on a GPU both keep rounds from being graphs.
 
         Returns:
             `GenerationResult`. Ctrl-C ends the call with what was generated so far.
@@ -217,6 +223,9 @@ class SelfSpeculativeDecoder:
             for request in requests:
                 its_own = processing.for_request(request, self.device)
                 Controls([request], *its_own, stop=stop, eos_ids=eos_ids, device=self.device)
+        if draft_confidence is not None:
+            arguments.number("draft_confidence", draft_confidence, lambda p: 0 <= p <= 1, "in 0..1")
+        arguments.true_or_false("adaptive_speculations", adaptive_speculations)
         rejection = rejection_of(
             verification, rejection_method, requests, sample, generation_strategy, processing.needed
         )
@@ -231,6 +240,8 @@ class SelfSpeculativeDecoder:
             deterministic_prefill=deterministic_prefill,
             output_logits=output_logits,
             rejection=rejection,
+            draft_confidence=draft_confidence,
+            adaptive_speculations=adaptive_speculations,
         )
         sequences = [r.tokens for r in requests]
         text = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from layerskip_kernels.decode.adaptation import Adaptation, draft_cost
 from layerskip_kernels.decode.batch import Request
 from layerskip_kernels.decode.buffers import Round
 from layerskip_kernels.decode.controls import Controls
@@ -37,6 +38,8 @@ class Generation:
         deterministic_prefill: bool,
         output_logits: bool,
         rejection: Rejection | None = None,
+        draft_confidence: float | None = None,
+        adaptive_speculations: bool = False,
     ):
         self.model, self.cache, self.batch = workspace.model, workspace.cache, workspace.batch
         self.requests = requests
@@ -57,7 +60,11 @@ class Generation:
         controlled = self.control is not None and requests[0].controls.needs_logits
         self.needs_logits = output_logits or controlled or rejection is not None
         self.buffers, self.graphs = workspace.rounds(self.drafts, sampled, self.needs_logits)
-        if self.control or self.show_draft:  # the host looks into the round
+        self.adaptation = None
+        if self.drafts and (draft_confidence is not None or adaptive_speculations):
+            cost = draft_cost(self.model, exit_layer)
+            self.adaptation = Adaptation(draft_confidence, adaptive_speculations, cost, self.drafts)
+        if self.control or self.show_draft or self.adaptation:  # the host looks into the round
             self.graphs = None
         self.lag = self.graphs.device.LAG if self.graphs else 0
 
@@ -130,21 +137,22 @@ class Generation:
         drafts = self.drafts
         if not self.graphs:  # whose rounds are all of one width
             drafts = min(drafts, max(r.max_new_tokens - len(r.tokens) for r in self.batch.requests) - 1)
+            if self.adaptation:
+                drafts = min(drafts, self.adaptation.plan(self.batch.requests))
         r = self.buffers.round(drafts)
-        results = (r.verified.tokens, r.target_logprob, r.num_draft, r.verified.num_emitted, r.verified.num_accepted)
         if not self.graphs:
-            self._run_round(r)
-            return r, lambda: results
+            r = self._run_round(r)
+            return r, lambda: _results(r)
         kind = self.speculative, self.exit_layer, self.last_layer, self.eos_ids.data_ptr(), len(self.batch)
         self.graphs.run(kind, lambda: self._run_round(r))
-        return r, self.graphs.device.fetch(results)
+        return r, self.graphs.device.fetch(_results(r))
 
-    def _run_round(self, r: Round) -> None:
+    def _run_round(self, r: Round) -> Round:
         if self.speculative:
-            hooks = self.show_draft, self.control, self.rejection
-            self_speculative_round(self.model, self.cache, r, self.exit_layer, self.eos_ids, *hooks)
-        else:
-            plain_round(self.model, self.cache, r, self.last_layer, self.eos_ids, self.control)
+            hooks = self.show_draft, self.control, self.rejection, self.adaptation
+            return self_speculative_round(self.model, self.cache, r, self.exit_layer, self.eos_ids, *hooks)
+        plain_round(self.model, self.cache, r, self.last_layer, self.eos_ids, self.control)
+        return r
 
     def _collect(self, r: Round, wait: Callable[[], Sequence[torch.Tensor]]) -> bool:
         """Hand a round's tokens to their requests; True when one of them ended."""
@@ -155,6 +163,8 @@ class Generation:
             if request.finish_reason:  # in the round before, when this one was on its way
                 continue
             self.stats.count_round(num_draft, num_emitted, num_accepted)
+            if self.adaptation:
+                self.adaptation.observe(request, num_draft, num_accepted)
             logits = None if r.logits is None else r.logits[row]
             self._emit(request, tokens[:num_emitted], logprobs[:num_emitted], logits)
         return any(request.finish_reason for request in self.batch.requests)
@@ -197,3 +207,8 @@ class Generation:
             self.streamer.put(torch.tensor(tokens))
             if request.finish_reason:
                 self.streamer.end()
+
+
+def _results(r: Round) -> Sequence[torch.Tensor]:
+    verified = r.verified
+    return verified.tokens, r.target_logprob, r.num_draft, verified.num_emitted, verified.num_accepted

@@ -52,7 +52,13 @@ class Rejection:
     def accept(self, model: Model, r: Round, **ends: Any) -> None:
         target_probs = self._probabilities(r.logits.flatten(0, 1), r.verify_sampling).view_as(r.logits)
         model.ops.verify_rejection(
-            r.tokens[:, 1:], self.draft_probs, target_probs, self.uniforms, r.num_draft, method=self.method, **ends
+            r.tokens[:, 1:],
+            self.draft_probs[:, : r.drafts],  # which the round may have got fewer of
+            target_probs,
+            self.uniforms[:, : r.window],
+            r.num_draft,
+            method=self.method,
+            **ends,
         )
 
     def _probabilities(self, logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

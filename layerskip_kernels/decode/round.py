@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from layerskip_kernels.decode.adaptation import Adaptation
 from layerskip_kernels.decode.buffers import Round
 from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.model import Model
@@ -26,16 +27,19 @@ def self_speculative_round(
     show_draft: Callable[[Round], None] | None = None,
     control: Callable[[Round], None] | None = None,
     rejection: Rejection | None = None,
-) -> None:
+    adaptation: Adaptation | None = None,
+) -> Round:
     """Draft with layers [0, exit_layer), verify with the rest, accept, roll back.
 
     `control` may replace the model's own tokens, and end sequences, before they are emitted. `rejection` draws and
-    accepts in its own way.
+    accepts in its own way. `adaptation` may stop the draft early; the round that is returned is then a narrower one.
     """
     begin(model, r)
     if rejection is not None:
         rejection.begin(r)
-    draft(model, cache, r, exit_layer, rejection)
+    if adaptation is not None:
+        adaptation.begin(r)
+    r = draft(model, cache, r, exit_layer, rejection, adaptation)
     if show_draft is not None:
         show_draft(r)
     verify(model, cache, r, exit_layer, None if rejection else r.verify_sampling)
@@ -43,6 +47,7 @@ def self_speculative_round(
         control(r)
     accept(model, r, eos_ids, rejection)
     roll_back(model, cache, r)
+    return r
 
 
 def plain_round(
@@ -76,18 +81,41 @@ def begin(model: Model, r: Round) -> None:
             repeated.copy_(per_request)
 
 
-def draft(model: Model, cache: KVCache, r: Round, exit_layer: int, rejection: Rejection | None) -> None:
+def draft(
+    model: Model,
+    cache: KVCache,
+    r: Round,
+    exit_layer: int,
+    rejection: Rejection | None,
+    adaptation: Adaptation | None,
+) -> Round:
     """K tokens by the early layers, whose hidden states are kept; then their pass over the last draft."""
     for t in range(r.drafts):
         step(model, cache, r, t, exit_layer)
         if rejection is not None:
             r.tokens[:, t + 1] = rejection.draw(model, r, t)
-            continue
-        if r.sampled:
-            r.draft_sampling.position.copy_(r.next_positions[:, t])
-        model.head(r.exit_hidden[:, t], r.draft_sampling, r.draft_head)
-        r.tokens[:, t + 1] = r.draft_head.token
+        else:
+            if r.sampled:
+                r.draft_sampling.position.copy_(r.next_positions[:, t])
+            model.head(r.exit_hidden[:, t], r.draft_sampling, r.draft_head)
+            r.tokens[:, t + 1] = r.draft_head.token
+        if adaptation is not None and adaptation.stops(r, t):
+            r = narrow(model, r, t + 1)
+            break
     step(model, cache, r, r.drafts, exit_layer)
+    return r
+
+
+def narrow(model: Model, r: Round, drafts: int) -> Round:
+    """The same round with its first `drafts` drafts alone."""
+    tokens, hidden = r.tokens[:, : drafts + 1].clone(), r.exit_hidden[:, :drafts].clone()
+    num_draft = r.num_draft.clone()
+    r = r.buffers.round(drafts)  # in the same storage
+    begin(model, r)
+    r.tokens.copy_(tokens)
+    r.exit_hidden[:, :drafts] = hidden
+    r.num_draft.copy_(num_draft)
+    return r
 
 
 def step(model: Model, cache: KVCache, r: Round, t: int, last_layer: int) -> None:
