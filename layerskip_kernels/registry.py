@@ -5,6 +5,7 @@ A backend is a package with three names:
     why_unavailable() -> str | None                            None when it runs on this machine
     OPS: dict[str, Callable]                                   op name -> implementation
     why_unsupported(op, *, device, dtype) -> str | None        None when it takes this call
+    QUANTIZED_OPS: Container[str]                              those that take a `QuantizedWeight`; may be missing
 
 Implementations have the signature of `layerskip_kernels.ops.<op>` and validate nothing: the public op does, once.
 """
@@ -39,6 +40,7 @@ DECODE_OPS = (  # what a decoder binds
     "kv_rollback",
     "decoder_stack",
 )
+_WITH_WEIGHTS = ("small_linear", "exit_head", "decoder_stack")
 OP_NAMES = (*DECODE_OPS, "early_exit_cross_entropy")
 _MODULES = {
     "cuda": "layerskip_kernels.native.cuda",
@@ -67,8 +69,11 @@ def _backend(name: str) -> ModuleType | str:
     return module if hasattr(module, "OPS") else "not part of this version yet"
 
 
-def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` can't run `op` on tensors of this device and dtype; None when it can."""
+def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype, *, quantized: bool = False) -> str | None:
+    """Why `backend` can't run `op` on tensors of this device and dtype; None when it can.
+
+    `quantized`: with a `QuantizedWeight`; ops without weights ignore it.
+    """
     module = _backend(backend)
     if isinstance(module, str):
         return module
@@ -76,6 +81,8 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
         return reason
     if op not in module.OPS:
         return f"it has no {op}"
+    if quantized and op in _WITH_WEIGHTS and op not in getattr(module, "QUANTIZED_OPS", ()):
+        return "it takes no quantized weights"
     return module.why_unsupported(op, device=device, dtype=dtype)
 
 
@@ -92,19 +99,21 @@ def choice(backend: str | None = None) -> str:
     return check_backend_name(os.environ.get("LAYERSKIP_BACKEND") or "auto", "LAYERSKIP_BACKEND")
 
 
-def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+def select(
+    op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None, *, quantized: bool = False
+) -> str:
     """Name of the backend that serves `op`.
 
     Raises BackendUnavailable when an explicitly chosen backend can't; `auto` falls back to `reference` with a warning.
     """
     asked = choice(backend)
     if asked != "auto":
-        if reason := why_not(asked, op, device, dtype):
+        if reason := why_not(asked, op, device, dtype, quantized=quantized):
             raise BackendUnavailable(f"backend {asked!r} can't run {op} ({dtype} on {device.type}): {reason}")
         return asked
     reasons = []
     for name in _AUTO.get(device.type, ()):
-        reason = why_not(name, op, device, dtype)
+        reason = why_not(name, op, device, dtype, quantized=quantized)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
@@ -117,27 +126,31 @@ def _warn_reference(op: str, reasons: str) -> None:
     log.warning("%s runs on the slow reference backend (%s)", op, reasons)
 
 
-def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Callable:
+def resolve(
+    op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None, *, quantized: bool = False
+) -> Callable:
     """The implementation that serves `op`. See `select`."""
-    return _backend(select(op, device, dtype, backend)).OPS[op]
+    return _backend(select(op, device, dtype, backend, quantized=quantized)).OPS[op]
 
 
-def bind(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> SimpleNamespace:
+def bind(
+    device: torch.device, dtype: torch.dtype, backend: str | None = None, *, quantized: bool = False
+) -> SimpleNamespace:
     """Decoding's ops resolved once, as attributes, for the life of a decoder; `.backends` says which backend each got.
 
     `decoder_stack` is the backend's own when all ops come from one backend that has it, else the composition of the
-    bound ops.
+    bound ops. `quantized`: for weights some of which are a `QuantizedWeight`.
     """
     from layerskip_kernels.reference.decoder_stack import compose
 
     ops = SimpleNamespace(backends={})
     for op in DECODE_OPS:
         if op != "decoder_stack":
-            name = ops.backends[op] = select(op, device, dtype, backend)
+            name = ops.backends[op] = select(op, device, dtype, backend, quantized=quantized)
             setattr(ops, op, _backend(name).OPS[op])
     names = set(ops.backends.values())
     fused = names.pop() if len(names) == 1 else None
-    if fused and why_not(fused, "decoder_stack", device, dtype) is None:
+    if fused and why_not(fused, "decoder_stack", device, dtype, quantized=quantized) is None:
         ops.decoder_stack, ops.backends["decoder_stack"] = _backend(fused).OPS["decoder_stack"], fused
     else:
         ops.decoder_stack, ops.backends["decoder_stack"] = functools.partial(compose, ops), "composed"

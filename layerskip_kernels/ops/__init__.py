@@ -4,6 +4,7 @@ from layerskip_kernels.ops.decoder_stack import DecoderLayers, LayerWeights, dec
 from layerskip_kernels.ops.early_exit_cross_entropy import EarlyExitLoss, early_exit_cross_entropy
 from layerskip_kernels.ops.exit_head import ExitHead, Sampling, exit_head
 from layerskip_kernels.ops.kv_rollback import kv_rollback
+from layerskip_kernels.ops.quantized import QuantizedWeight, dequantize, quantize
 from layerskip_kernels.ops.rms_norm import rms_norm
 from layerskip_kernels.ops.rope_append import rope_append
 from layerskip_kernels.ops.small_linear import small_linear
@@ -17,12 +18,15 @@ __all__ = [
     "EarlyExitLoss",
     "ExitHead",
     "LayerWeights",
+    "QuantizedWeight",
     "Sampling",
     "Verified",
     "decoder_stack",
+    "dequantize",
     "early_exit_cross_entropy",
     "exit_head",
     "kv_rollback",
+    "quantize",
     "rms_norm",
     "rope_append",
     "small_linear",

@@ -7,20 +7,21 @@ import torch
 
 from layerskip_kernels import registry
 from layerskip_kernels.ops import _check, _library
+from layerskip_kernels.ops.quantized import QuantizedWeight, check_one_kind, check_weight, refuse_tracing
 
 
 class LayerWeights(NamedTuple):
-    """One decoder layer, tensors as checkpoints store them (row-major [out, in])."""
+    """One decoder layer, tensors as checkpoints store them (row-major [out, in]); linears may be quantized."""
 
     attn_norm: torch.Tensor  # [C]
-    q: torch.Tensor  # [H*D, C]
-    k: torch.Tensor  # [G*D, C]
-    v: torch.Tensor  # [G*D, C]
-    o: torch.Tensor  # [C, H*D]
+    q: torch.Tensor | QuantizedWeight  # [H*D, C]
+    k: torch.Tensor | QuantizedWeight  # [G*D, C]
+    v: torch.Tensor | QuantizedWeight  # [G*D, C]
+    o: torch.Tensor | QuantizedWeight  # [C, H*D]
     mlp_norm: torch.Tensor  # [C]
-    gate: torch.Tensor  # [I, C]
-    up: torch.Tensor  # [I, C]
-    down: torch.Tensor  # [C, I]
+    gate: torch.Tensor | QuantizedWeight  # [I, C]
+    up: torch.Tensor | QuantizedWeight  # [I, C]
+    down: torch.Tensor | QuantizedWeight  # [C, I]
     q_bias: torch.Tensor | None = None
     k_bias: torch.Tensor | None = None
     v_bias: torch.Tensor | None = None
@@ -32,6 +33,9 @@ class LayerWeights(NamedTuple):
     k_norm: torch.Tensor | None = None
     sliding_window: int | None = None
     use_rope: bool = True
+
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # fields that may be quantized
 
 
 class DecoderLayers(tuple):
@@ -99,6 +103,9 @@ def decoder_stack(
     _check.slots(slot_ids, batch, k_cache.shape[1], hidden)
     _check.optional("num_queries", num_queries, (batch,), dtype=torch.int32, like=hidden)
     _check.no_paging(block_table)
+    quantized = any(isinstance(getattr(layer, name), QuantizedWeight) for layer in layers for name in LINEARS)
+    if quantized:
+        refuse_tracing("layers")
     if torch.compiler.is_compiling():
         torch.ops.layerskip_kernels.decoder_stack(
             hidden,
@@ -117,7 +124,7 @@ def decoder_stack(
             num_queries,
         )
         return
-    registry.bind(hidden.device, hidden.dtype).decoder_stack(
+    registry.bind(hidden.device, hidden.dtype, quantized=quantized).decoder_stack(
         hidden,
         layers,
         k_cache,
@@ -142,8 +149,11 @@ def _check_layers(layers: DecoderLayers, width: int, k_cache: torch.Tensor, like
             raise ValueError(f"layers[{i}].sliding_window={layer.sliding_window}: must be at least 1, or None")
         if (layer.q_norm is None) != (layer.k_norm is None):
             raise ValueError(f"layers[{i}].q_norm, layers[{i}].k_norm: give both or neither")
-        inner = _check.tensor(f"layers[{i}].q", layer.q, (None, width)).shape[0]
-        mlp = _check.tensor(f"layers[{i}].gate", layer.gate, (None, width)).shape[0]
+        check_weight(f"layers[{i}].q", layer.q, (None, width))
+        check_weight(f"layers[{i}].gate", layer.gate, (None, width))
+        inner, mlp = layer.q.shape[0], layer.gate.shape[0]
+        for together in (("q", "k", "v"), ("gate", "up")):
+            check_one_kind(f"layers[{i}]", [getattr(layer, name) for name in together], together)
         if inner % (groups * dim):
             raise ValueError(f"layers[{i}].q: {inner} rows, expected a multiple of G·D = {groups * dim}")
         shapes = LayerWeights(
@@ -168,7 +178,7 @@ def _check_layers(layers: DecoderLayers, width: int, k_cache: torch.Tensor, like
         )
         for name, value, shape in zip(LayerWeights._fields[:-2], layer, shapes):
             required = name not in LayerWeights._field_defaults
-            check = _check.tensor if required else _check.optional
+            check = check_weight if name in LINEARS else _check.tensor if required else _check.optional
             check(f"layers[{i}].{name}", value, shape, dtype=like.dtype, like=like)
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from layerskip_kernels.ops import _check, _library
+from layerskip_kernels.ops.quantized import QuantizedWeight, check_weight, refuse_tracing
 from layerskip_kernels.registry import resolve
 
 
@@ -38,7 +39,7 @@ _SAMPLING_DTYPES = Sampling(
 def exit_head(
     hidden: torch.Tensor,
     norm_weight: torch.Tensor,
-    lm_head: torch.Tensor,
+    lm_head: torch.Tensor | QuantizedWeight,
     *,
     eps: float,
     bias: torch.Tensor | None = None,
@@ -57,7 +58,7 @@ def exit_head(
 
     Args:
         hidden: [N, C] float32, float16 or bfloat16, before the final norm.
-        norm_weight: [C]; lm_head: [V, C]; bias: [V]; dtype of hidden.
+        norm_weight: [C]; lm_head: [V, C], or a `QuantizedWeight` of that shape; bias: [V]; dtype of hidden.
         eps: of the norm, > 0.
         logit_scale, softcap: see above, both > 0; softcap=None: no cap.
         sampling: `Sampling`; None: greedy.
@@ -73,7 +74,8 @@ def exit_head(
     _check.tensor("hidden", hidden, (None, None), dtype=_check.FLOATS)
     rows, width = hidden.shape
     _check.tensor("norm_weight", norm_weight, (width,), dtype=hidden.dtype, like=hidden)
-    _check.tensor("lm_head", lm_head, (None, width), dtype=hidden.dtype, like=hidden)
+    check_weight("lm_head", lm_head, (None, width), dtype=hidden.dtype, like=hidden)
+    quantized = isinstance(lm_head, QuantizedWeight)
     vocab = lm_head.shape[0]
     if not vocab:
         raise ValueError("lm_head: an empty vocabulary, expected at least one row")
@@ -96,12 +98,14 @@ def exit_head(
             raise TypeError(f"out: expected an ExitHead, got {type(out).__name__}")
         for name, value, dtype in zip(ExitHead._fields, out, (torch.int64, torch.float32, torch.float32)):
             _check.tensor(f"out.{name}", value, (rows,), dtype=dtype, like=hidden)
+    if quantized:
+        refuse_tracing("lm_head")
     if torch.compiler.is_compiling():
         result = torch.ops.layerskip_kernels.exit_head(
             hidden, norm_weight, lm_head, eps, bias, logit_scale, softcap, *(sampling or (None,) * 7), logits_out
         )
         return ExitHead(*_library.into(out, result))
-    return resolve("exit_head", hidden.device, hidden.dtype)(
+    return resolve("exit_head", hidden.device, hidden.dtype, quantized=quantized)(
         hidden,
         norm_weight,
         lm_head,

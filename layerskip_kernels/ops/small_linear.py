@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 
 from layerskip_kernels.ops import _check, _library
+from layerskip_kernels.ops.quantized import QuantizedWeight, check_one_kind, check_weight, refuse_tracing
 from layerskip_kernels.registry import resolve
 
 
 def small_linear(
     x: torch.Tensor,
-    weights: torch.Tensor | Sequence[torch.Tensor],
+    weights: torch.Tensor | QuantizedWeight | Sequence[torch.Tensor | QuantizedWeight],
     *,
     bias: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
@@ -21,7 +22,8 @@ def small_linear(
 
     Args:
         x: [M, C] float32, float16 or bfloat16.
-        weights: [N, C], or a list of [N_i, C] that share x (q/k/v, gate/up) and are done in one pass. Dtype of x.
+        weights: [N, C], or a list of [N_i, C] that share x (q/k/v, gate/up) and are done in one pass. Tensors of the
+            dtype of x, or `QuantizedWeight` all of as many bits.
         bias: [N], or with a list of weights a list of [N_i] or None.
         norm: (weight [C], eps): `rms_norm` of x first, rounded as the op of that name rounds.
         residual: [M, N], single weight only: the result is ``residual + linear``. `out` may be the same tensor.
@@ -33,13 +35,16 @@ def small_linear(
     Raises:
         TypeError, ValueError: an argument of wrong dtype, shape, device or range.
     """
-    many = not isinstance(weights, torch.Tensor)
+    many = not isinstance(weights, (torch.Tensor, QuantizedWeight))
     ws, bs = _lists(weights, bias)
     _check.tensor("x", x, (None, None), dtype=_check.FLOATS)
     rows, width = x.shape
     for i, w in enumerate(ws):
-        _check.tensor(f"weights[{i}]" if many else "weights", w, (None, width), dtype=x.dtype, like=x)
+        check_weight(f"weights[{i}]" if many else "weights", w, (None, width), dtype=x.dtype, like=x)
         _check.optional(f"bias[{i}]" if many else "bias", bs[i], (w.shape[0],), dtype=x.dtype, like=x)
+    quantized = isinstance(ws[0], QuantizedWeight)
+    if many:
+        check_one_kind("weights", ws)
     if norm is not None:
         if not isinstance(norm, (tuple, list)) or len(norm) != 2:
             raise TypeError(f"norm: expected (weight, eps), got {type(norm).__name__}")
@@ -54,15 +59,18 @@ def small_linear(
             raise ValueError(f"out: {len(outs)} tensors, expected {len(ws)} like weights")
         for i, (o, w) in enumerate(zip(outs, ws)):
             _check.tensor(f"out[{i}]" if many else "out", o, (rows, w.shape[0]), dtype=x.dtype, like=x)
+    if quantized:
+        refuse_tracing("weights")
     if torch.compiler.is_compiling():
         norm_weight, eps = norm or (None, 0.0)
         result = torch.ops.layerskip_kernels.small_linear(x, ws, bs, norm_weight, eps, residual)
         return _library.into(out, result if many else result[0])
-    return resolve("small_linear", x.device, x.dtype)(x, weights, bias=bias, norm=norm, residual=residual, out=out)
+    op = resolve("small_linear", x.device, x.dtype, quantized=quantized)
+    return op(x, weights, bias=bias, norm=norm, residual=residual, out=out)
 
 
 def _lists(weights, bias) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    if isinstance(weights, torch.Tensor):
+    if isinstance(weights, (torch.Tensor, QuantizedWeight)):
         return [weights], [bias]
     if not isinstance(weights, Sequence):
         raise TypeError(f"weights: expected a tensor or a list of tensors, got {type(weights).__name__}")

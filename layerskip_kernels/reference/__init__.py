@@ -35,6 +35,7 @@ OPS = {
     )
 }
 OPS["decoder_stack"] = functools.partial(compose, SimpleNamespace(**OPS))
+QUANTIZED_OPS = ("small_linear", "exit_head", "decoder_stack")
 
 
 def why_unavailable() -> str | None:

@@ -2,6 +2,7 @@ import torch
 
 from layerskip_kernels.ops.exit_head import ExitHead
 from layerskip_kernels.reference.gumbel import gumbel_noise
+from layerskip_kernels.reference.quantized import product
 from layerskip_kernels.reference.rms_norm import rms_norm
 
 
@@ -18,7 +19,7 @@ def exit_head(
     logits_out=None,
     out=None,
 ):
-    logits = rms_norm(hidden, norm_weight, eps).float() @ lm_head.float().T
+    logits = product(rms_norm(hidden, norm_weight, eps), lm_head)
     if bias is not None:
         logits = logits + bias.float()
     logits = logits * logit_scale

@@ -1,16 +1,18 @@
 import torch
 
+from layerskip_kernels.ops.quantized import QuantizedWeight
+from layerskip_kernels.reference.quantized import product
 from layerskip_kernels.reference.rms_norm import rms_norm
 
 
 def small_linear(x, weights, *, bias=None, norm=None, residual=None, out=None):
     if norm is not None:
         x = rms_norm(x, *norm)
-    if not isinstance(weights, torch.Tensor):
+    if not isinstance(weights, (torch.Tensor, QuantizedWeight)):
         bias = bias or [None] * len(weights)
         out = out or [None] * len(weights)
         return [small_linear(x, w, bias=b, out=o) for w, b, o in zip(weights, bias, out)]
-    y = x.float() @ weights.float().T
+    y = product(x, weights)
     if bias is not None:
         y = y + bias.float()
     y = y.to(x.dtype)

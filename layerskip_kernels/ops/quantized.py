@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from layerskip_kernels.ops import _check
+
+BLOCK = 64  # columns that share an activation scale; a weight's group is a multiple of it
+_ROWS_AT_ONCE = 4096
+
+
+class QuantizedWeight(NamedTuple):
+    """A linear's weight [N, C] in 8 or 4 bits: ``w[n, c] = scale[n, c // group] · q[n, c] (+ offset[n, c // group])``.
+
+    `small_linear`, `exit_head` and `decoder_stack` take it in place of a weight tensor. They round the activations, per
+    row and block of 64 columns, to 16-bit integers with a power of two as scale, 2^(⌊log2 max|x|⌋ - 14): bfloat16
+    values down to 1/128 of the block's largest stay as they are. Products are summed exactly within a block, blocks in
+    rising order in float32. A block whose largest is below 2^-100 counts as zero; a row with NaN or infinity in it
+    becomes NaN.
+    """
+
+    values: torch.Tensor  # int8 [N, C]; or uint8 [N, C / 2]: column 2i in byte i's low nibble, 2i + 1 above, q + 8
+    scale: torch.Tensor  # float32 [N, ceil(C / group)]
+    group: int  # columns that share a scale: a multiple of 64; the last group may be short
+    offset: torch.Tensor | None = None  # float32, as scale: of formats with a zero point
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.values.dtype == torch.int8 else 4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1] * 8 // self.bits
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.values, self.scale, self.offset) if t is not None)
+
+
+def quantize(weight: torch.Tensor, bits: int, group: int = BLOCK) -> QuantizedWeight:
+    """Symmetric rounding to nearest, the scale from each group's largest magnitude.
+
+    8 bits: ``scale = max|w| / 127``. 4 bits: the value of largest magnitude becomes -8 (so a scale may be negative) and
+    what would be 8 becomes 7, as in llama.cpp's Q4_0.
+
+    Args:
+        weight: [N, C] float32, float16 or bfloat16, finite; C even for 4 bits.
+        bits: 8 or 4.
+        group: columns that share a scale, a multiple of 64.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong dtype, shape or range, or a weight that is not finite.
+    """
+    _check.tensor("weight", weight, (None, None), dtype=_check.FLOATS)
+    if bits not in (8, 4):
+        raise ValueError(f"bits={bits}: choose 8 or 4")
+    _check_group("group", group)
+    rows, width = weight.shape
+    if bits == 4 and width % 2:
+        raise ValueError(f"weight: {width} columns, 4 bits need an even number")
+    groups = -(-width // group)
+    values = weight.new_empty(rows, width * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    scale = weight.new_empty(rows, groups, dtype=torch.float32)
+    for first in range(0, rows, _ROWS_AT_ONCE):
+        some = slice(first, min(first + _ROWS_AT_ONCE, rows))
+        w = weight[some].detach().float()
+        if not w.isfinite().all():
+            row = first + int(w.isfinite().all(1).logical_not().nonzero()[0, 0])
+            raise ValueError(f"weight: NaN or infinity in row {row}, expected finite values")
+        w = torch.nn.functional.pad(w, (0, groups * group - width)).view(len(w), groups, group)
+        if bits == 8:
+            step = w.abs().amax(2) / 127
+        else:
+            step = w.gather(2, w.abs().argmax(2, keepdim=True))[..., 0] / -8
+        q = (w / torch.where(step == 0, 1, step)[..., None]).round_().clamp_(max=127 if bits == 8 else 7)
+        q = q.view(len(w), -1)[:, :width].to(torch.int8)
+        values[some] = q if bits == 8 else _packed(q)
+        scale[some] = step
+    return QuantizedWeight(values, scale, group)
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight [N, C] as numbers of `dtype`."""
+    check_weight("weight", weight)
+    values, scale, group, offset = weight
+    q = values if weight.bits == 8 else unpacked(values)
+    width = q.shape[1]
+    w = q.to(dtype) * spread(scale, group, width, dtype)
+    return w if offset is None else w + spread(offset, group, width, dtype)
+
+
+def unpacked(values: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, C / 2] -> int8 [N, C]."""
+    return torch.stack((values & 15, values >> 4), 2).view(values.shape[0], -1).to(torch.int8) - 8
+
+
+def _packed(q: torch.Tensor) -> torch.Tensor:
+    """int8 [N, C] -> uint8 [N, C / 2]."""
+    nibbles = (q + 8).to(torch.uint8)
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+
+
+def spread(per_group: torch.Tensor, group: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """[N, groups] -> [N, width]: each group's number in every column of the group."""
+    return per_group.to(dtype).repeat_interleave(group, 1)[:, :width]
+
+
+def refuse_tracing(name: str) -> None:
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(f"{name}: quantized weights do not trace under torch.compile, call the op outside it")
+
+
+def check_weight(
+    name: str,
+    weight: object,
+    shape: tuple[int | None, int | None] = (None, None),
+    *,
+    dtype: torch.dtype | None = None,
+    like: torch.Tensor | None = None,
+) -> None:
+    """A linear's weight, of `shape`: a tensor of `dtype`, or a `QuantizedWeight`; on the device of `like`."""
+    if not isinstance(weight, QuantizedWeight):
+        _check.tensor(name, weight, shape, dtype=dtype, like=like)
+        return
+    _check.tensor(f"{name}.values", weight.values, (None, None), dtype=(torch.int8, torch.uint8), like=like)
+    _check_group(f"{name}.group", weight.group)
+    rows, width = weight.shape
+    if any(wanted is not None and wanted != n for wanted, n in zip(shape, (rows, width))):
+        wanted = ", ".join("*" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}.values: {weight.bits} bits, a weight of shape [{rows}, {width}], expected [{wanted}]")
+    groups = (rows, -(-width // weight.group))
+    _check.tensor(f"{name}.scale", weight.scale, groups, dtype=torch.float32, like=weight.values)
+    _check.optional(f"{name}.offset", weight.offset, groups, dtype=torch.float32, like=weight.values)
+
+
+def check_one_kind(name: str, weights: Sequence[object], labels: Sequence[str] | None = None) -> None:
+    """Weights of one pass over x: all tensors, or all quantized to as many bits."""
+    kinds = [w.bits if isinstance(w, QuantizedWeight) else None for w in weights]
+    if kinds.count(kinds[0]) < len(kinds):
+        labels = labels or [f"[{i}]" for i in range(len(kinds))]
+        listed = ", ".join(f"{label} {f'in {bits} bits' if bits else 'a tensor'}" for label, bits in zip(labels, kinds))
+        raise TypeError(f"{name}: {listed}, expected all of one kind")
+
+
+def _check_group(name: str, group: object) -> None:
+    if not isinstance(group, int) or group < BLOCK or group % BLOCK:
+        raise ValueError(f"{name}={group}: choose a multiple of {BLOCK}")
