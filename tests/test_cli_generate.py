@@ -78,6 +78,14 @@ def test_table_says_what_ran(run):
     assert row[:4] == ["autoregressive", "n/a", "n/a", "8"] and row[5:7] == ["n/a", "n/a"]
 
 
+def test_profile_prints_the_phases(run, answers):
+    result = run("--prompt", "Hello", "--profile", "--exit_layer", 2)
+    assert result.exit_code == 0 and result.stdout == answers("Hello", exit_layer=2)[0] + "\n"
+    for phase in ("draft layers", "draft head", "verify layers", "verify head", "accept", "roll back", "Python"):
+        assert phase in result.stderr
+    assert "verify head" not in run("--prompt", "Hello").stderr
+
+
 def test_compare_prints_the_speed_up(run, answers):
     result = run("--prompt", "Hello", "--compare", "--exit_layer", 2)
     assert result.exit_code == 0 and result.stdout == answers("Hello", exit_layer=2)[0] + "\n"

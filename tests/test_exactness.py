@@ -83,6 +83,7 @@ def answers(decoder, prompts, seeds, **options) -> list[Answer]:
     if options.get("sample"):
         options["seed"] = seeds
     result = decoder.generate(prompts, output_logits=True, **options)
+    assert not result.interrupted, "a signal ended the answer: nothing to compare"
     return [Answer(*fields) for fields in zip(result.sequences, result.logits, result.finish_reasons)]
 
 

@@ -23,7 +23,7 @@ from layerskip_kernels.cli.options import (
     model_options,
 )
 from layerskip_kernels.cli.prompts import given_prompts, typed_prompts
-from layerskip_kernels.cli.report import Record, print_stats
+from layerskip_kernels.cli.report import Record, print_phases, print_stats
 from layerskip_kernels.cli.screen import Screen, visible
 from layerskip_kernels.cli.streamers import SpeculativeStreamer, TextStreamer
 
@@ -51,6 +51,7 @@ STREAMERS = ("standard", "speculative", "none")
     help="Decode again, autoregressively and self-speculatively in turns, and print the speed-up."
     "  [default: for the demo model]",
 )
+@click.option("--profile", is_flag=True, help="Print what the rounds spent where. On the CPU only.")
 @click.option("--output_dir", type=click.Path(file_okay=False, path_type=Path), help="Also write the answers there.")
 @click.pass_context
 def generate(ctx: click.Context, **options: Any) -> None:
@@ -135,11 +136,14 @@ class Run:
                 streamer=streamer,
                 draft_confidence=options["draft_confidence"],
                 adaptive_speculations=options["adaptive_speculations"],
+                profile=options["profile"] and strategy is None,
                 **({} if strategy == "autoregressive" else verification),
             )
 
     def _finish(self, prompts: list[str], result: Any) -> bool:
         print_stats(self.decoder, self.options["generation_strategy"], result.stats)
+        if result.stats.phases:
+            print_phases(result.stats)
         if self.record:
             with one_sentence():
                 self.record.add(prompts, result)

@@ -41,10 +41,37 @@ def print_stats(decoder: Any, strategy: str, stats: Any) -> None:
         "rounds": stats.rounds if speculative else None,
         "prefill ms": _format(stats.prefill_seconds, "{:.1f}", scale=1000),
     }
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in cells:
-        table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
+    table = _table(*cells)
     table.add_row(*("n/a" if cell is None else str(cell) for cell in cells.values()))
+    _print(table)
+
+
+def print_phases(stats: Any) -> None:
+    """What the rounds spent in each phase; the rest of their time is Python. GB/s: of weights, read once a call."""
+    table = _table("phase", "calls", "us/call", "ms", "share", "GB/s")
+    total = stats.decode_seconds
+    for name, phase in stats.phases.items():
+        table.add_row(
+            name,
+            str(phase.calls),
+            f"{phase.seconds / phase.calls * 1e6:.1f}",
+            f"{phase.seconds * 1e3:.1f}",
+            f"{phase.seconds / total:.1%}",
+            f"{phase.weight_bytes / phase.seconds / 1e9:.1f}" if phase.weight_bytes else "",
+        )
+    rest, rounds = total - sum(phase.seconds for phase in stats.phases.values()), len(stats.round_seconds)
+    table.add_row("Python", str(rounds), f"{rest / rounds * 1e6:.1f}", f"{rest * 1e3:.1f}", f"{rest / total:.1%}", "")
+    _print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _print(table: Table) -> None:
     console = Console(stderr=True)
     console.print(table, width=max(console.width, 80), crop=False)  # on a narrow terminal it wraps but loses nothing
 

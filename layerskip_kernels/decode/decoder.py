@@ -165,6 +165,7 @@ class SelfSpeculativeDecoder:
         rejection_method: str | None = None,
         draft_confidence: float | None = None,
         adaptive_speculations: bool = False,
+        profile: bool = False,
     ) -> GenerationResult:
         """Continue each prompt. What comes out does not depend on the strategy's speculation, nor on the batch.
 
@@ -201,6 +202,7 @@ class SelfSpeculativeDecoder:
                 probability, in 0..1. None: it never does.
             adaptive_speculations: each sequence's K follows what was lately accepted of its drafts, `num_speculations`
                 at most. Neither changes what is said; on a GPU both keep rounds from being graphs.
+            profile: time the phases of the rounds, into `result.stats.phases`. On the CPU only.
 
         Returns:
             `GenerationResult`. Ctrl-C ends the call with what was generated so far.
@@ -226,6 +228,9 @@ class SelfSpeculativeDecoder:
         if draft_confidence is not None:
             arguments.number("draft_confidence", draft_confidence, lambda p: 0 <= p <= 1, "in 0..1")
         arguments.true_or_false("adaptive_speculations", adaptive_speculations)
+        arguments.true_or_false("profile", profile)
+        if profile and self.device.type != "cpu":
+            raise ValueError(f"profile=True: phases are timed on the CPU alone, this model is on {self.device}")
         rejection = rejection_of(
             verification, rejection_method, requests, sample, generation_strategy, processing.needed
         )
@@ -242,6 +247,7 @@ class SelfSpeculativeDecoder:
             rejection=rejection,
             draft_confidence=draft_confidence,
             adaptive_speculations=adaptive_speculations,
+            profile=profile,
         )
         sequences = [r.tokens for r in requests]
         text = None

@@ -12,6 +12,7 @@ from layerskip_kernels.decode.batch import Request
 from layerskip_kernels.decode.buffers import Round
 from layerskip_kernels.decode.controls import Controls
 from layerskip_kernels.decode.prefill import prefill, sampling_for
+from layerskip_kernels.decode.profile import ProfiledModel
 from layerskip_kernels.decode.rejection import Rejection
 from layerskip_kernels.decode.result import GenerationStats
 from layerskip_kernels.decode.round import plain_round, self_speculative_round
@@ -40,6 +41,7 @@ class Generation:
         rejection: Rejection | None = None,
         draft_confidence: float | None = None,
         adaptive_speculations: bool = False,
+        profile: bool = False,
     ):
         self.model, self.cache, self.batch = workspace.model, workspace.cache, workspace.batch
         self.requests = requests
@@ -66,6 +68,10 @@ class Generation:
             self.adaptation = Adaptation(draft_confidence, adaptive_speculations, cost, self.drafts)
         if self.control or self.show_draft or self.adaptation:  # the host looks into the round
             self.graphs = None
+        self.round_model = self.model
+        if profile:
+            self.stats.phases = {}
+            self.round_model = ProfiledModel(self.model, exit_layer if self.speculative else None, self.stats.phases)
         self.lag = self.graphs.device.LAG if self.graphs else 0
 
     @torch.inference_mode()
@@ -150,8 +156,8 @@ class Generation:
     def _run_round(self, r: Round) -> Round:
         if self.speculative:
             hooks = self.show_draft, self.control, self.rejection, self.adaptation
-            return self_speculative_round(self.model, self.cache, r, self.exit_layer, self.eos_ids, *hooks)
-        plain_round(self.model, self.cache, r, self.last_layer, self.eos_ids, self.control)
+            return self_speculative_round(self.round_model, self.cache, r, self.exit_layer, self.eos_ids, *hooks)
+        plain_round(self.round_model, self.cache, r, self.last_layer, self.eos_ids, self.control)
         return r
 
     def _collect(self, r: Round, wait: Callable[[], Sequence[torch.Tensor]]) -> bool:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from layerskip_kernels.decode.profile import Phase
+
 
 @dataclass
 class GenerationStats:
@@ -20,6 +22,7 @@ class GenerationStats:
     )  # [K]: rounds that reached draft position i, all before accepted
     accepted_at: list[int] = field(default_factory=list)  # [K]: rounds that accepted it
     round_seconds: list[float] = field(default_factory=list)  # of every round of the whole batch
+    phases: dict[str, Phase] | None = None  # with profile=True: what the rounds spent where
 
     @property
     def decode_seconds(self) -> float:

@@ -1,0 +1,74 @@
+"""Where the time of decoding goes: seconds, calls and bytes of weights of each phase of a round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from layerskip_kernels.decode.model import Model
+
+
+@dataclass
+class Phase:
+    """Attributes:
+    seconds: spent in it, all calls together.
+    calls: how often it ran.
+    weight_bytes: of weights read, all calls together.
+    """
+
+    seconds: float = 0.0
+    calls: int = 0
+    weight_bytes: int = 0
+
+
+class ProfiledModel:
+    """A model on the CPU, for rounds alone, whose phases are timed; in all else the model itself.
+
+    Args:
+        model: the model.
+        exit_layer: E of the drafts; None where there are none.
+        phases: receives name -> `Phase`, in the order of their first run. What a round takes besides is Python.
+    """
+
+    def __init__(self, model: Model, exit_layer: int | None, phases: dict[str, Phase]):
+        self._model, self._exit_layer, self._phases = model, exit_layer, phases
+        self._drafting = False
+        timed = {
+            "verify_tokens": self._timed("accept", model.ops.verify_tokens),
+            "verify_rejection": self._timed("accept", model.ops.verify_rejection),
+            "kv_rollback": self._timed("roll back", model.ops.kv_rollback),
+        }
+        self.ops = SimpleNamespace(**{**vars(model.ops), **timed})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def run_layers(self, first: int, last: int, *args: Any, **where: Any) -> None:
+        self._drafting = last == self._exit_layer
+        layers = self._model.weights.layers[first:last]
+        size = sum(getattr(field, "nbytes", 0) for layer in layers for field in layer)
+        self._timed(self._name("layers"), self._model.run_layers, size)(first, last, *args, **where)
+
+    def head(self, *args: Any, **options: Any) -> None:
+        self._timed(self._name("head"), self._model.head, self._model.weights.lm_head.nbytes)(*args, **options)
+
+    def _name(self, part: str) -> str:
+        if self._exit_layer is None:
+            return part
+        return f"draft {part}" if self._drafting else f"verify {part}"
+
+    def _timed(self, name: str, function: Callable[..., Any], weight_bytes: int = 0) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args, **options)
+            seconds = time.perf_counter() - started
+            phase = self._phases.setdefault(name, Phase())
+            phase.seconds += seconds
+            phase.calls += 1
+            phase.weight_bytes += weight_bytes
+            return result
+
+        return timed
