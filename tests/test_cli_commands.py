@@ -41,8 +41,8 @@ def test_python_m_is_the_command():
     done = subprocess.run([sys.executable, "-m", "layerskip_kernels", "genrate"], capture_output=True, text=True)
     assert done.returncode == 2
     assert (
-        "No such command 'genrate', choose from benchmark, correctness, doctor, generate, inspect, sweep, train, tune."
-        in done.stderr
+        "No such command 'genrate', choose from benchmark, correctness, doctor, eval, generate, inspect, sweep, train, "
+        "tune." in done.stderr
     )
 
 

@@ -11,7 +11,7 @@ from layerskip_kernels.cli import app
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("command", ["benchmark", "inspect", "sweep", "tune"])
+@pytest.mark.parametrize("command", ["benchmark", "eval", "inspect", "sweep", "tune"])
 def test_the_page_holds_the_help(command):
     shown = CliRunner().invoke(app, [command, "--help"], prog_name="layerskip", terminal_width=100).output
     (block,) = re.findall(r"```text\n(Usage: .*?)```", (DOCS / f"{command}.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -9,6 +9,7 @@ from layerskip_kernels.cli.benchmark import benchmark
 from layerskip_kernels.cli.correctness import correctness
 from layerskip_kernels.cli.doctor import doctor
 from layerskip_kernels.cli.errors import INTERRUPTED
+from layerskip_kernels.cli.eval import evaluate
 from layerskip_kernels.cli.generate import generate
 from layerskip_kernels.cli.inspect import inspect
 from layerskip_kernels.cli.sweep import sweep
@@ -42,6 +43,7 @@ app.add_command(train)
 app.add_command(benchmark)
 app.add_command(sweep)
 app.add_command(tune)
+app.add_command(evaluate)
 app.add_command(inspect)
 app.add_command(correctness)
 app.add_command(doctor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,7 @@ from torch import Tensor
 from layerskip_kernels.decode.batch import SamplingOptions
 from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.model import Model
-from layerskip_kernels.decode.prefill import CHUNK, SHORT_PROMPT
-from layerskip_kernels.ops import ExitHead, Sampling
-
-WINDOW = 64  # the widest window of the decoding kernels; heads run on as many rows
+from layerskip_kernels.measure.teacher import heads, pieces
 
 
 @dataclass(frozen=True)
@@ -75,24 +72,16 @@ def read(
     ids = torch.tensor([*prompt, *continuation], dtype=torch.int64, device=model.device)
     prompt_length, first = (len(prompt), len(prompt) - 1) if continuation else (len(prompt) - 1, 0)
     cache = KVCache(model.config, 1, len(ids), model.dtype, model.device)
-    model.rope.reserve(len(ids))
-    pieces = []
-    for start, stop, prefill in _pieces(prompt_length, len(ids) - 1):
-        positions = torch.arange(start, stop, dtype=torch.int32, device=model.device)[None]
-        where = dict(
-            lengths=positions[:, 0].clone(),
-            positions=positions,
-            inv_freq=_inv_freq(model, positions, prompt_length),
-            slot_ids=torch.zeros(1, dtype=torch.int32, device=model.device),
-        )
-        skip = min(max(first - start, 0), stop - start)
-        hidden = model.weights.embedding[ids[start:stop]][None]
+    found = []
+    for piece in pieces(model, cache, ids[:-1], prompt_length):
+        start = piece.start + min(max(first - piece.start, 0), piece.stop - piece.start)
         rows = []
         for layer in range(model.config.num_layers):
-            model.run_layers(layer, layer + 1, hidden, cache, prefill=prefill, **where)
-            rows.append(_predict(model, hidden[0, skip:], ids[start + skip + 1 : stop + 1], start + skip + 1, sampling))
-        pieces.append([torch.stack(part) for part in zip(*rows)])
-    return Lens(ids[first + 1 :].cpu(), *(torch.cat(part, 1) for part in zip(*pieces)))
+            piece.run_layers(layer, layer + 1)
+            hidden, targets = piece.hidden[0, start - piece.start :], ids[start + 1 : piece.stop + 1]
+            rows.append(_predict(model, hidden, targets, start + 1, sampling))
+        found.append([torch.stack(part) for part in zip(*rows)])
+    return Lens(ids[first + 1 :].cpu(), *(torch.cat(part, 1) for part in zip(*found)))
 
 
 def read_all(decoder, rows: Iterable[Sequence[int]]) -> list[Lens]:
@@ -100,54 +89,15 @@ def read_all(decoder, rows: Iterable[Sequence[int]]) -> list[Lens]:
     return [read(decoder, row) for row in rows if len(row) > 1]
 
 
-def _pieces(prompt: int, total: int) -> Iterator[tuple[int, int, bool]]:
-    """(start, stop, prefill) as decoding would run them: the prompt as prefill does, the rest in windows."""
-    for start in range(0, prompt, CHUNK):
-        yield start, min(start + CHUNK, prompt), prompt >= SHORT_PROMPT
-    for start in range(prompt, total, WINDOW):
-        yield start, min(start + WINDOW, total), False
-
-
-def _inv_freq(model: Model, positions: Tensor, prompt_length: int) -> Tensor:
-    if positions[0, 0] < prompt_length:
-        return model.rope.prefill(prompt_length)
-    return model.rope.rows(positions) if model.rope.position_dependent else model.rope.inv_freq
-
-
 def _predict(
     model: Model, hidden: Tensor, targets: Tensor, position: int, sampling: SamplingOptions | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, entropies and the targets' log-probabilities, [N] each on the CPU, for hidden [N, C]."""
-    device, vocab = model.device, model.config.vocab_size
     tokens = torch.empty(len(hidden), dtype=torch.int64)
     entropy, logprob = torch.empty(len(hidden)), torch.empty(len(hidden))
-    for start in range(0, len(hidden), WINDOW):
-        part = slice(start, start + WINDOW)
-        rows = hidden[part]
-        out = ExitHead(
-            torch.empty(len(rows), dtype=torch.int64, device=device),
-            torch.empty(len(rows), dtype=torch.float32, device=device),
-            torch.empty(len(rows), dtype=torch.float32, device=device),
-        )
-        logits = torch.empty(len(rows), vocab, device=device)
-        noise = sampling and _sampling(sampling, position + start, len(rows), device)
-        model.head(rows, noise, out, logits)
+    for part, token, logits in heads(model, hidden, position, sampling):
         logp = logits.log_softmax(-1)
-        tokens[part] = out.token.cpu()
+        tokens[part] = token.cpu()
         entropy[part] = -(logp.exp() * logp).nan_to_num(0.0).sum(-1).cpu()
         logprob[part] = logp.gather(1, targets[part, None])[:, 0].cpu()
     return tokens, entropy, logprob
-
-
-def _sampling(options: SamplingOptions, position: int, rows: int, device: torch.device) -> Sampling:
-    """The noise of `rows` tokens of one request, the first of them at `position`."""
-    dtypes = dict(
-        temperature=torch.float32,
-        seed=torch.int64,
-        stream=torch.int64,
-        top_k=torch.int64,
-        top_p=torch.float32,
-        min_p=torch.float32,
-    )
-    values = {name: torch.full((rows,), getattr(options, name), dtype=t, device=device) for name, t in dtypes.items()}
-    return Sampling(position=torch.arange(position, position + rows, device=device), **values)
