@@ -55,7 +55,7 @@ class Round:
         self.tokens = matrix("tokens", torch.int64)  # the pending token, then the drafts
         self.offsets = torch.arange(window, dtype=torch.int32, device=batch.lengths.device)
         self.positions = matrix("positions", torch.int32)
-        self.step_lengths = vector("step_lengths", torch.int32)
+        self.step_lengths = buffers.view("step_lengths", torch.int32, window, rows)
         self.num_draft = vector("num_draft", torch.int32)
         self.last = vector("last", torch.int64)
         self.exit_hidden = matrix("exit_hidden", buffers.model.dtype, config.hidden_size)
@@ -92,10 +92,13 @@ class Round:
                 position=self.next_positions.view(-1), **{name: t.view(-1) for name, t in repeated.items()}
             )
 
+        self.step_tokens, self.step_rows = self.tokens.unbind(1), self.exit_hidden.unbind(1)
+        self.step_hidden = self.exit_hidden.split(1, dim=1)
+
         # What `Model.run_layers` needs to know of window position t alone, and of the whole window.
         self.at = [
             dict(
-                lengths=self.step_lengths,
+                lengths=self.step_lengths[t],
                 positions=self.positions[:, t : t + 1],
                 inv_freq=rope.inv_freq if self.inv_freq is None else self.inv_freq[:, t : t + 1],
                 slot_ids=self.slot_ids,

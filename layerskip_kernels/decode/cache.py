@@ -24,6 +24,14 @@ class KVCache:
                 f"which {device} does not have"
             ) from error
 
+        self._ranges: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def layers(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of layers [first, last)."""
+        if (first, last) not in self._ranges:
+            self._ranges[first, last] = self.k[first:last], self.v[first:last]
+        return self._ranges[first, last]
+
     def load(self, slot: int, past: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> None:
         """Put K and V of positions before `length` into a slot: of each layer [G, n, D] for its last n <= length."""
         for layer, (k, v) in enumerate(past):

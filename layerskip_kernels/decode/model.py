@@ -34,7 +34,7 @@ class Model:
 
         `prefill`: the products go through torch where it is made for many rows.
         """
-        arguments = (hidden, self._layers(first, last), cache.k[first:last], cache.v[first:last])
+        arguments = (hidden, self._layers(first, last), *cache.layers(first, last))
         constants = dict(
             eps=self.config.rms_norm_eps, scale=self.config.scale, attention_factor=self.rope.attention_factor
         )

@@ -70,8 +70,9 @@ def plain_round(
 
 def begin(model: Model, r: Round) -> None:
     """The pending token opens the window; positions, and how many drafts each sequence has room for."""
-    r.tokens[:, 0] = r.pending
+    r.step_tokens[0].copy_(r.pending)
     torch.add(r.lengths[:, None], r.offsets, out=r.positions)
+    torch.add(r.offsets[:, None], r.lengths, out=r.step_lengths)
     torch.sub(r.remaining, 1, out=r.num_draft).clamp_(0, r.drafts)
     if model.rope.position_dependent:
         model.rope.rows(r.positions, out=r.inv_freq, index=r.rope_index)
@@ -97,8 +98,8 @@ def draft(
         else:
             if r.sampled:
                 r.draft_sampling.position.copy_(r.next_positions[:, t])
-            model.head(r.exit_hidden[:, t], r.draft_sampling, r.draft_head)
-            r.tokens[:, t + 1] = r.draft_head.token
+            model.head(r.step_rows[t], r.draft_sampling, r.draft_head)
+            r.step_tokens[t + 1].copy_(r.draft_head.token)
         if adaptation is not None and adaptation.stops(r, t):
             r = narrow(model, r, t + 1)
             break
@@ -120,9 +121,8 @@ def narrow(model: Model, r: Round, drafts: int) -> Round:
 
 def step(model: Model, cache: KVCache, r: Round, t: int, last_layer: int) -> None:
     """Layers [0, last_layer) on window position t."""
-    torch.add(r.lengths, t, out=r.step_lengths)
-    model.embed(r.tokens[:, t], out=r.exit_hidden[:, t])
-    model.run_layers(0, last_layer, r.exit_hidden[:, t : t + 1], cache, **r.at[t])
+    model.embed(r.step_tokens[t], out=r.step_rows[t])
+    model.run_layers(0, last_layer, r.step_hidden[t], cache, **r.at[t])
 
 
 def verify(model: Model, cache: KVCache, r: Round, exit_layer: int, sampling: Sampling | None) -> None:
