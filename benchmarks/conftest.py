@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 
 import pytest
 import torch
+from bandwidth import read_bandwidth
 
 import layerskip_kernels as lk
 from layerskip_kernels import registry
@@ -64,12 +64,7 @@ def probe():
     def measure(device: str = "cpu") -> float:
         if device not in data:
             data[device] = torch.ones(PROBE_BYTES[device] // 4, device=device)
-        times = []
-        for _ in range(4):
-            started = time.perf_counter()
-            data[device].sum().item()
-            times.append(time.perf_counter() - started)
-        return PROBE_BYTES[device] / min(times)
+        return read_bandwidth(data[device])
 
     return measure
 

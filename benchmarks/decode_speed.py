@@ -20,66 +20,16 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from bandwidth import read_bandwidth
+from make_controlled import SHAPES, random_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layerskip_kernels as lk
 from layerskip_kernels.models.hub import checkpoint_folder
 
-SHAPES = {
-    "llama3.2-1b": dict(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-        max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    ),
-    "llama3-8b": dict(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    ),
-}
 PEERS = {"transformers": {}, "compiled": {"cache_implementation": "static"}}  # options of their `generate`
-
-
-def random_model(shape: str, exit_layer: int, late_scale: float, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None))
-    finally:
-        torch.set_default_dtype(previous)
-    with torch.no_grad():
-        for layer in model.model.layers[exit_layer:]:
-            layer.self_attn.o_proj.weight.mul_(late_scale)
-            layer.mlp.down_proj.weight.mul_(late_scale)
-    return model.eval()
-
-
-def bandwidth(data: torch.Tensor) -> float:
-    """Bytes per second of summing `data`: the best of three."""
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        data.sum().item()
-        times.append(time.perf_counter() - started)
-    return data.nbytes / min(times)
 
 
 def transformers_speed(model, prompts: torch.Tensor, tokens: int, **options) -> tuple[float, list[list[int]]]:
@@ -179,11 +129,11 @@ def main() -> None:
         contender()  # compiles, captures graphs
     for _ in range(arguments.rounds):
         for name, contender in contenders.items():
-            before = bandwidth(probe)
+            before = read_bandwidth(probe)
             speed, answers[name] = contender()
             speeds[name].append(speed)
             steps_per_second = speed / arguments.batch
-            shares[name].append(steps_per_second * read_per_step / statistics.mean((before, bandwidth(probe))))
+            shares[name].append(steps_per_second * read_per_step / statistics.mean((before, read_bandwidth(probe))))
 
     rows = []
     for name in contenders:
@@ -203,7 +153,7 @@ def main() -> None:
         backend=decoder.ops.backends["small_linear"],
         hardware=torch.cuda.get_device_name() if device != "cpu" else f"{torch.get_num_threads()} threads",
         read_per_step=read_per_step,
-        bandwidth=bandwidth(probe),
+        bandwidth=read_bandwidth(probe),
         torch=torch.__version__,
     )
     show(rows, conditions)
