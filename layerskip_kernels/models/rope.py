@@ -1,7 +1,7 @@
 """Rotary position embedding: frequencies of every scaling type that transformers knows, ready for ``rope_append``.
 
-The formulas are transformers' own, called through ``LlamaRotaryEmbedding`` and ``ROPE_INIT_FUNCTIONS``: every supported
-family builds its frequencies that way.
+The formulas are transformers' own, called through ``ROPE_INIT_FUNCTIONS``: every supported family builds its frequencies
+that way. The plain one stands here, because the module that holds transformers' takes seconds and 200 MB to import.
 """
 
 from __future__ import annotations
@@ -70,14 +70,12 @@ class Rope:
     """
 
     def __init__(self, config: RopeConfig, device: torch.device | str = "cpu") -> None:
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
         self._config = config._for_transformers()
-        with torch.device("cpu"):
-            rotary = LlamaRotaryEmbedding(self._config)
         self.rope_type: str = config.rope_type
-        self.attention_factor = float(rotary.attention_scaling)
-        self.inv_freq: Tensor = rotary.inv_freq.to(device)
+        with torch.device("cpu"):
+            inv_freq, attention_factor = self._frequencies()
+        self.attention_factor = float(attention_factor)
+        self.inv_freq: Tensor = inv_freq.to(device)
         self.position_dependent = self.rope_type in ("dynamic", "longrope")
         # position p uses row clamp(p - _last_short, 0, rows - 1) of the table
         self._last_short = config.max_position_embeddings - 1
@@ -130,16 +128,21 @@ class Rope:
         torch.index_select(self._table, 0, index.view(-1), out=out.view(-1, self._table.shape[1]))
         return out
 
+    def _frequencies(self, **length: Tensor) -> tuple[Tensor, float]:
+        """Frequencies [D/2] of a sequence of this length (`seq_len`), and the attention factor."""
+        if self.rope_type == "default":
+            exponents = torch.arange(0, self._config.head_dim, 2, dtype=torch.float) / self._config.head_dim
+            return 1.0 / self._config.rope_parameters["rope_theta"] ** exponents, 1.0
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        return ROPE_INIT_FUNCTIONS[self.rope_type](self._config, torch.device("cpu"), **length)
+
     def _extend(self, rows: int) -> None:
         have = len(self._table)
         if rows <= have:
             return
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-        compute = ROPE_INIT_FUNCTIONS[self.rope_type]
-        cpu = torch.device("cpu")
         # one call per length with a tensor, as transformers does while decoding: a vectorised power rounds differently
-        with cpu:
+        with torch.device("cpu"):
             lengths = torch.arange(self._last_short + have + 1, self._last_short + rows + 1)
-            new = torch.stack([compute(self._config, cpu, seq_len=length)[0] for length in lengths])
+            new = torch.stack([self._frequencies(seq_len=length)[0] for length in lengths])
         self._table = torch.cat([self._table, new.to(self._table)])
