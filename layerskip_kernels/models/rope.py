@@ -1,7 +1,8 @@
 """Rotary position embedding: frequencies of every scaling type that transformers knows, ready for ``rope_append``.
 
-The formulas are transformers' own, called through ``ROPE_INIT_FUNCTIONS``: every supported family builds its frequencies
-that way. The plain one stands here, because the module that holds transformers' takes seconds and 200 MB to import.
+The formulas are transformers' own, called through ``ROPE_INIT_FUNCTIONS``: every supported family builds its
+frequencies that way. The plain one stands here, because the module that holds transformers' takes a second and 55 MB
+to import.
 """
 
 from __future__ import annotations
