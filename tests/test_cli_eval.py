@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import datasets
+import lm_eval.tasks
 import pytest
 from cli_examples import examples
 from click.testing import CliRunner
-from lm_eval.tasks import TaskManager
 from tiny_models import tiny_checkpoint
 
 import layerskip_kernels as lk
@@ -68,7 +68,7 @@ def few_tasks(monkeypatch):
     """Whether lm_eval's own tasks were asked for, each time; there are none of them here, as they take seconds."""
     asked = []
 
-    class Few(TaskManager):
+    class Few(lm_eval.tasks.TaskManager):
         def __init__(self, include_defaults=True, **options):
             asked.append(include_defaults)
             super().__init__(include_defaults=False, **options)
@@ -181,6 +181,13 @@ def test_the_examples_work_as_printed():
     for arguments in found:
         result = run(*arguments)
         assert result.exit_code == 0, result.output
+
+
+def test_the_python_of_the_page_runs_as_printed(few_tasks, monkeypatch, capsys):
+    monkeypatch.setattr("lm_eval.evaluator.TaskManager", lm_eval.tasks.TaskManager)
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(block, {})
+    assert 0 < float(capsys.readouterr().out) <= 1 and few_tasks
 
 
 def test_the_command_of_lm_eval(checkpoint, folder):

@@ -153,6 +153,21 @@ def test_chat_templates_as_theirs(decoder, theirs, checkpoint):
     assert model.tokenizer_name == theirs.tokenizer_name == checkpoint.replace("/", "__")
 
 
+def test_thinking_is_no_answer(checkpoint, decoder):
+    (said,) = generate(LayerSkipLM(decoder), ["one"])
+    (answer,) = generate(LayerSkipLM(decoder, think_end_token=said[5:7]), ["one"])
+    assert said.endswith(answer) and answer == said.split(said[5:7])[-1].lstrip()
+    other = lk.SelfSpeculativeDecoder.from_pretrained(checkpoint)
+    other.tokenizer.chat_template = (
+        "{{ enable_thinking }}{% if messages | length > 1 %}{{ raise_exception('two') }}{% endif %}"
+    )
+    model = LayerSkipLM(other, enable_thinking=False)
+    user = {"role": "user", "content": "u"}
+    assert model.apply_chat_template([{"role": "system", "content": "s"}, user]) == "False"  # without the system's
+    with pytest.raises(ValueError, match="the chat template does not take these messages: two"):
+        model.apply_chat_template([user, user])
+
+
 def test_the_harness_makes_it_from_its_arguments(checkpoint):
     # what the command hands on: cuda:0 where no --device is given
     made = get_model("layerskip").create_from_arg_obj(
@@ -173,10 +188,11 @@ def test_the_harness_makes_it_from_its_arguments(checkpoint):
         ({"exit_layer": 40}, "exit_layer=40: the model has 4 layers, choose 1..3"),
         ({"batch_size": "many"}, "batch_size='many': must be auto or a whole number"),
         ({"max_length": 1}, "max_length=1: must be at least 2"),
+        ({"seed": "x"}, "seed='x': must be a whole number"),
     ],
 )
 def test_bad_arguments(checkpoint, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         LayerSkipLM(checkpoint, **arguments)
 
 

@@ -58,6 +58,14 @@ class Eval(MetaCommand):
     flag_value="True",
     help="Examples as turns of the conversation.  [default: with a chat template]",
 )
+@click.option(
+    "--enable_thinking",
+    type=TrueFalse(),
+    is_flag=False,
+    flag_value="True",
+    help="For chat templates that know it.  [default: the template's]",
+)
+@click.option("--think_end_token", help="Text that ends the model's thinking; what follows is the answer.")
 @click.option("--generation_strategy", type=click.Choice(STRATEGIES), default=STRATEGIES[0])
 @exit_options
 @draft_options
@@ -171,6 +179,7 @@ def _run(decoder: Any, tasks: list[Any], manager: Any, how: dict[str, Any], opti
     from layerskip_kernels.integrations.lm_eval import SEED, LayerSkipLM
 
     names = ("verification", "rejection_method", "draft_confidence", "adaptive_speculations")
+    names += ("enable_thinking", "think_end_token")
     strategy, seed = options["generation_strategy"], options["seed"]
     model = LayerSkipLM(
         decoder,

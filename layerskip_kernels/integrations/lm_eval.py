@@ -17,12 +17,13 @@ from jinja2 import TemplateError
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import Collator, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import Collator, has_bos_prefix, postprocess_generated_text
 from tqdm import tqdm
 
 from layerskip_kernels import SelfSpeculativeDecoder
 from layerskip_kernels.decode import arguments
 from layerskip_kernels.decode.generate import STRATEGIES
+from layerskip_kernels.integrations.lm_eval_arguments import generate_arguments, prompts_together
 from layerskip_kernels.integrations.lm_eval_tally import Tally
 from layerskip_kernels.measure.environment import environment
 from layerskip_kernels.measure.likelihood import Likelihood
@@ -32,9 +33,6 @@ log = logging.getLogger("layerskip_kernels")
 
 BATCHES = 8  # decoded per call, so that slots are refilled as sequences end
 SEED = 1234  # lm_eval's own
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens")
-# what some tasks ask for that is so anyway
-NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 
 
 @register_model("layerskip")
@@ -99,10 +97,12 @@ class LayerSkipLM(TemplateLM):
                 dtype=dtype,
                 device=device,
                 backend=backend,
-                max_batch_size=_batch_size(batch_size, max_batch_size),
+                max_batch_size=prompts_together(batch_size, max_batch_size),
             )
         if decoder.tokenizer is None:
             raise ValueError(f"pretrained={shown(pretrained)}: has no tokenizer, so it cannot read a task")
+        if generation_strategy == "early_exit" and decoder.exit_layer is None:
+            raise ValueError("generation_strategy='early_exit': a model of 1 layer has no early exit")
         self.decoder, self.tokenizer = decoder, decoder.tokenizer
         self.max_length = decoder.max_length or decoder.config.max_position_embeddings
         if max_length is not None:
@@ -249,7 +249,7 @@ class LayerSkipLM(TemplateLM):
     def _answers(self, chunk: Sequence[tuple[list[int], dict, int, str]]) -> list[str]:
         """Of prompts that are to be continued in the same way."""
         ids, (how, *_), numbers, contexts = zip(*chunk)
-        options, until = self._generate_arguments(how)
+        options, until = generate_arguments(how, self.max_gen_toks, self.seed)
         room = self.max_length - options["max_new_tokens"]
         if room < 1:
             raise ValueError(
@@ -269,6 +269,8 @@ class LayerSkipLM(TemplateLM):
             [prompt[-room:] or [self.prefix_token_id] for prompt in ids],
             stop_strings=until or None,
             seed=[seed + number for number in numbers],
+            # besides the model's own, as the harness has the tokenizer's among its stop strings
+            eos_token_id=sorted({*self.decoder.config.eos_token_ids, self.eot_token_id}),
             **options,
             **self._how,
         )
@@ -281,28 +283,6 @@ class LayerSkipLM(TemplateLM):
             raise KeyboardInterrupt
         return texts
 
-    def _generate_arguments(self, gen_kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Arguments of `generate`, and the texts that end an answer, from a task's `generation_kwargs`."""
-        given = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
-        until = [text for text in given.pop("until") if text]
-        options = {
-            "max_new_tokens": given.pop("max_gen_toks"),
-            "sample": given.pop("do_sample"),
-            "temperature": 1.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "seed": given.pop("seed", self.seed),
-            # besides the model's own, as the harness has the tokenizer's among its stop strings
-            "eos_token_id": sorted({*self.decoder.config.eos_token_ids, self.eot_token_id}),
-        }
-        for name, value in given.items():
-            if name in SAMPLING:
-                options |= {} if value is None else {name: value}
-            elif name not in NEUTRAL or value != NEUTRAL[name]:
-                known = ("until", "max_gen_toks", "do_sample", "seed", *SAMPLING)
-                raise ValueError(f"generation_kwargs {name}={shown(value)}: choose from {', '.join(known)}")
-        return options, until
-
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into `config` of its results: how the model ran, and what that took so far."""
         ran = environment(self.decoder)
@@ -312,17 +292,6 @@ class LayerSkipLM(TemplateLM):
 
 def _args(requests: Sequence[Any]) -> list[tuple[str, dict]]:
     return [request.args for request in requests]
-
-
-def _batch_size(batch_size: int | str, max_batch_size: int | None) -> int:
-    if max_batch_size is not None:
-        return max_batch_size
-    if isinstance(batch_size, str):
-        if batch_size.startswith("auto"):
-            return 8
-        if not batch_size.isdecimal():
-            raise ValueError(f"batch_size={shown(batch_size)}: must be auto or a whole number")
-    return int(batch_size)
 
 
 if __name__ == "__main__":
