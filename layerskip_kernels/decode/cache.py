@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from layerskip_kernels import memory
 from layerskip_kernels.models.config import ModelConfig
 
 
@@ -16,8 +17,8 @@ class KVCache:
     def __init__(self, config: ModelConfig, slots: int, capacity: int, dtype: torch.dtype, device: torch.device):
         shape = (config.num_layers, slots, config.num_kv_heads, capacity, config.head_dim)
         try:
-            self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in "kv")
-        except (RuntimeError, TypeError) as error:  # TypeError: a size that does not fit in 64 bits
+            self.k, self.v = (memory.empty(shape, dtype, device) for _ in "kv")
+        except (MemoryError, RuntimeError, TypeError) as error:  # TypeError: a size that does not fit in 64 bits
             size = 2 * math.prod(shape) * dtype.itemsize // 2**30 + 1
             raise MemoryError(
                 f"max_batch_size={slots}: a KV cache of {capacity} positions for each sequence needs {size} GiB, "

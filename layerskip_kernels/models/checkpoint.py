@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerskip_kernels import memory
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -73,7 +75,11 @@ class Checkpoint:
     def tensor(self, name: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor; on the CPU and in its stored dtype a view of the file, which stays mapped."""
         self.dtype(name)
-        tensor = self._open[self.file_of[name]].get_tensor(name).to(device=device, dtype=dtype)
+        tensor = self._open[self.file_of[name]].get_tensor(name)
+        if tensor.dtype == dtype:
+            tensor = tensor.to(device)
+        else:
+            tensor = memory.empty(tensor.shape, dtype, device).copy_(tensor)
         # a file written without padding may start a tensor in the middle of an element
         return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
 
