@@ -21,7 +21,7 @@ from peer_files import PeerFiles
 from peer_rows import LLAMA_CPP, OPENVINO, OURS, TRANSFORMERS
 
 NOT_INSTALLED = "pip install layerskip_kernels[peers]"
-SETTLE_SECONDS = 1  # thread pools may spin for a while after work: the next turn begins later
+SETTLE_SECONDS = 0.3  # thread pools may spin for a while after work: bandwidth is probed later
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def _serve(pipe, peer: str, weights: str, load: dict[str, Any], files: PeerFiles
             method = pipe.recv()
             idle = (time.process_time() - cpu) / max(time.perf_counter() - clock, 1e-9)
             result, answer = _attempt(lambda method=method: held.decode(method))
-            pipe.send(answer if result is None else {**result, "idle_cpu_share": idle})
             time.sleep(SETTLE_SECONDS)
-    except EOFError:  # the other end is closed: no more work
+            pipe.send(answer if result is None else {**result, "idle_cpu_share": idle})
+    except (EOFError, BrokenPipeError):  # the other end is closed: no more work
         return
 
 
