@@ -14,8 +14,8 @@ from cli_examples import examples
 from click.testing import CliRunner
 from tiny_models import tiny_checkpoint
 
-import layerskip_kernels as lk
 from layerskip_kernels.cli import app
+from layerskip_kernels.decode.generate import Generation
 
 PAGE = (Path(__file__).parent.parent / "docs" / "eval.md").read_text(encoding="utf-8")
 CHOICES = """
@@ -153,21 +153,21 @@ def test_gen_kwargs_and_seed(checkpoint):
 
 
 def test_interrupted_it_writes_nothing_and_goes_on_from_the_cache(monkeypatch):
-    decoded = []
-    generate = lk.SelfSpeculativeDecoder.generate
+    started = []
+    start = Generation._start
 
-    def interrupted(self, prompts, **options):
-        if len(decoded) == 2:
+    def interrupted(self, requests):
+        started.extend(requests)
+        if len(started) == 3:
             raise KeyboardInterrupt
-        decoded.extend(prompts)
-        return generate(self, prompts, **options)
+        start(self, requests)
 
     arguments = ["--tasks", "python_lines.yaml", "--max_batch_size", 1, "--use_cache", "answers"]
-    monkeypatch.setattr(lk.SelfSpeculativeDecoder, "generate", interrupted)
+    monkeypatch.setattr(Generation, "_start", interrupted)
     result = run(*arguments)
     assert result.exit_code == 130 and "interrupted" in result.stderr, result.output
     assert not list(Path("logs").iterdir())
-    monkeypatch.setattr(lk.SelfSpeculativeDecoder, "generate", generate)
+    monkeypatch.setattr(Generation, "_start", start)
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     found = reports("logs")

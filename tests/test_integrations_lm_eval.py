@@ -75,14 +75,16 @@ def test_rolling_loglikelihoods_are_those_of_transformers(decoder, theirs, max_l
     assert found == pytest.approx(theirs.loglikelihood_rolling(requests), abs=1e-3, rel=1e-5)
 
 
-def test_what_decoding_says_is_greedy(decoder):
+def test_what_decoding_says_is_greedy_in_its_own_numbers(decoder):
     model = LayerSkipLM(decoder)
     for prompt in ("one", LONG[:50]):
         ids = model.tok_encode(prompt)
-        (said,) = decoder.generate([ids], max_new_tokens=30, eos_token_id=[]).sequences
+        result = decoder.generate([ids], max_new_tokens=30, eos_token_id=[], output_logits=True)
+        (said,), (logits,) = result.sequences, result.logits
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(said)[:, None]).double().sum().item()
         other = [*said[:-1], (said[-1] + 1) % decoder.config.vocab_size]
         (ours, greedy), (less, not_greedy) = model._loglikelihood_tokens([(None, ids, said), (None, ids, other)])
-        assert greedy and not not_greedy and less < ours
+        assert greedy and not not_greedy and less < ours == pytest.approx(expected, rel=1e-12)
 
 
 def test_other_requests_change_no_bit(decoder):
@@ -109,6 +111,14 @@ def test_answers_are_those_of_transformers(decoder, theirs, until):
     assert answers == [generate(theirs, [prompt], until=list(until))[0] for prompt in prompts]
     if until:
         assert not any(text in answer for text in until for answer in answers)
+
+
+def test_answers_end_with_the_models_end_token(checkpoint, decoder, tmp_path):
+    end = decoder.generate("one", max_new_tokens=9).sequences[0][8]
+    other = str(tiny_checkpoint(tmp_path, "llama3", late_scale=0.1, eos_token_id=end))
+    theirs = HFLM(pretrained=other, device="cpu", dtype="float32", batch_size=1)
+    answer = generate(LayerSkipLM(other), ["one"])
+    assert answer == generate(theirs, ["one"]) != generate(LayerSkipLM(decoder), ["one"])
 
 
 @pytest.mark.parametrize("how", [{}, {"do_sample": True, "temperature": 0.9, "top_k": 40, "top_p": 0.95}])
@@ -194,6 +204,11 @@ def test_the_harness_makes_it_from_its_arguments(checkpoint):
 def test_bad_arguments(checkpoint, arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         LayerSkipLM(checkpoint, **arguments)
+
+
+def test_one_layer_has_no_early_exit(tmp_path):
+    with pytest.raises(ValueError, match="generation_strategy='early_exit': a model of 1 layer has no early exit"):
+        LayerSkipLM(str(tiny_checkpoint(tmp_path, "llama2", num_hidden_layers=1)), generation_strategy="early_exit")
 
 
 def test_bad_requests(decoder):
