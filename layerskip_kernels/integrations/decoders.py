@@ -35,7 +35,8 @@ def decoder_for(model: Any, backend: str = "auto") -> SelfSpeculativeDecoder:
 def fingerprint(model: torch.nn.Module) -> tuple:
     """Changes when a parameter is replaced, moved, cast or written to, and with the configuration."""
     parameters = tuple(
-        (name, p.data_ptr(), p.dtype, p.device, p.shape, 0 if p.is_inference() else p._version)
+        (name, values.data_ptr(), p.dtype, p.device, p.shape, 0 if values.is_inference() else values._version)
         for name, p in model.named_parameters(remove_duplicate=False)
+        for values in [getattr(p, "qdata", p)]  # torchao's tensors have no address of their own
     )
     return (parameters, model.config.to_json_string(use_diff=False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +39,19 @@ class Checkpoint:
         self.folder = folder
         self._open: dict[str, Any] = {}
         self.file_of: dict[str, str] = {}
-        with ExitStack() as stack:
-            if (folder / INDEX).is_file():
-                self._read_index(stack)
-            elif (folder / SINGLE).is_file():
-                self.file_of = dict.fromkeys(self._header(SINGLE, stack).keys(), SINGLE)
-            else:
-                raise ValueError(_no_weights(folder))
-            self._stack = stack.pop_all()
+        if (folder / INDEX).is_file():
+            self._read_index()
+        elif (folder / SINGLE).is_file():
+            self.file_of = dict.fromkeys(self._header(SINGLE).keys(), SINGLE)
+        else:
+            raise ValueError(_no_weights(folder))
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._stack.close()
+        for file in self._open.values():
+            file.__exit__(*exc_info)
 
     def where(self, name: str) -> str:
         """The file that has the tensor, else the one that should list it; for messages."""
@@ -62,6 +60,10 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor."""
         return {name: tuple(self._slice(name).get_shape()) for name in self.file_of}
+
+    def metadata(self) -> dict[str, str]:
+        """What the headers of all files say besides."""
+        return {key: text for file in self._open.values() for key, text in (file.metadata() or {}).items()}
 
     def dtype(self, name: str) -> torch.dtype:
         """How the tensor is stored. Raises ValueError when that is not float32, float16 or bfloat16."""
@@ -75,18 +77,26 @@ class Checkpoint:
     def tensor(self, name: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor; on the CPU and in its stored dtype a view of the file, which stays mapped."""
         self.dtype(name)
-        tensor = self._open[self.file_of[name]].get_tensor(name)
+        tensor = self.stored(name)
         if tensor.dtype == dtype:
-            tensor = tensor.to(device)
-        else:
-            tensor = memory.empty(tensor.shape, dtype, device).copy_(tensor)
+            return tensor.to(device)
+        return memory.empty(tensor.shape, dtype, device).copy_(tensor)
+
+    def stored(self, name: str) -> Tensor:
+        """As it is stored, a view of the file, of any dtype."""
+        tensor = self._open[self.file_of[name]].get_tensor(name)
         # a file written without padding may start a tensor in the middle of an element
         return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+
+    def map_anew(self, name: str) -> None:
+        """Maps the file of this tensor again, for tensors to come: so pages read so far go with the earlier ones."""
+        self._open.pop(self.file_of[name]).__exit__(None, None, None)
+        self._header(self.file_of[name])
 
     def _slice(self, name: str) -> Any:
         return self._open[self.file_of[name]].get_slice(name)
 
-    def _read_index(self, stack: ExitStack) -> None:
+    def _read_index(self) -> None:
         path = self.folder / INDEX
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -96,19 +106,19 @@ class Checkpoint:
                 raise ValueError(f"{path} names the file {file!r}, which is not in its folder")
             if not (self.folder / file).is_file():
                 raise ValueError(f"{path} names the file {file}, which is missing: the download is incomplete")
-            self._header(file, stack)
+            self._header(file)
         keys = {file: set(opened.keys()) for file, opened in self._open.items()}
         for name, file in weight_map.items():
             if name not in keys[file]:
                 raise ValueError(f"{self.folder / file} has no tensor {name}, which {INDEX} says it has")
         self.file_of = weight_map
 
-    def _header(self, file: str, stack: ExitStack) -> Any:
+    def _header(self, file: str) -> Any:
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / file
         try:
-            self._open[file] = stack.enter_context(safe_open(path, framework="pt"))
+            self._open[file] = safe_open(path, framework="pt").__enter__()
         except (SafetensorError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged or not a safetensors file ({error}): download or save it again"

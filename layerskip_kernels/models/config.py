@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip_kernels.messages import shown
+from layerskip_kernels.models import torchao
 from layerskip_kernels.models.rope import RopeConfig
 
 if TYPE_CHECKING:
@@ -142,10 +143,12 @@ def check_supported(get: Callable[[str], Any]) -> None:
         raise ValueError(f"num_hidden_layers={layers} is not supported, choose 1..{MAX_LAYERS}")
     if quantization := get("quantization_config"):
         method = _getter(quantization)("quant_method")
-        raise ValueError(
-            f"quantization_config (quant_method={str(getattr(method, 'value', method))!r}) is not supported, "
-            "the weights must be float32, float16 or bfloat16"
-        )
+        method = str(getattr(method, "value", method))
+        if method != "torchao":
+            raise ValueError(
+                f"quantization_config (quant_method={method!r}) is not supported, the weights must be float32, "
+                f"float16 or bfloat16, or {torchao.SUPPORTED}"
+            )
 
 
 def config_dtype(config: PretrainedConfig) -> torch.dtype | None:

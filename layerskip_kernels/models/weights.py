@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from layerskip_kernels.models.config import ModelConfig
-from layerskip_kernels.ops.decoder_stack import DecoderLayers, LayerWeights
+from layerskip_kernels.ops.decoder_stack import LINEARS, DecoderLayers, LayerWeights
+from layerskip_kernels.ops.quantized import QuantizedWeight, check_one_kind
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -17,21 +18,27 @@ LM_HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """All tensors of one model, of one dtype, on one device.
+    """All tensors of one model, of one dtype, on one device; linears and head may be quantized.
 
     Attributes:
         embedding: ``[V, C]``.
         layers: one ``LayerWeights`` per decoder layer.
         final_norm: ``[C]``, the norm in front of the head.
-        lm_head: ``[V, C]``; the same tensor as `embedding` when the model ties them.
+        lm_head: ``[V, C]``; the same tensor as `embedding` when the model ties them and neither is quantized.
         lm_head_bias: ``[V]`` or None.
     """
 
     embedding: Tensor
     layers: DecoderLayers
     final_norm: Tensor
-    lm_head: Tensor
+    lm_head: Tensor | QuantizedWeight
     lm_head_bias: Tensor | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any of them are."""
+        layers = (getattr(layer, name) for layer in self.layers for name in LINEARS)
+        return any(isinstance(weight, QuantizedWeight) for weight in (self.lm_head, *layers))
 
 
 def layer_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -72,6 +79,12 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def linear_names(config: ModelConfig) -> list[str]:
+    """Full names of the weights that may be quantized: all linears of all layers, and the head."""
+    fields = layer_tensors(config)
+    return [f"model.layers.{i}.{fields[name][0]}" for i in range(config.num_layers) for name in LINEARS] + [LM_HEAD]
+
+
 def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]], where: Callable[[str], str]) -> None:
     """Raises ValueError when the tensors at hand are not those the configuration describes.
 
@@ -97,8 +110,11 @@ def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]], whe
             raise ValueError(f"{where(name)} has a tensor {name}, which its configuration does not describe")
 
 
-def assemble(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelWeights:
-    """Arranges named tensors (checked by ``check_tensors``) as a decoder's weights; copies nothing."""
+def assemble(config: ModelConfig, tensors: Mapping[str, Tensor | QuantizedWeight]) -> ModelWeights:
+    """Arranges named tensors (checked by ``check_tensors``) as a decoder's weights; copies nothing.
+
+    Raises TypeError when of q, k and v, or of gate and up, not all are quantized alike.
+    """
     names = layer_tensors(config)
     layers = DecoderLayers(
         LayerWeights(
@@ -108,6 +124,10 @@ def assemble(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelWeights
         )
         for layer in range(config.num_layers)
     )
-    embedding = tensors[EMBEDDING]
-    lm_head = embedding if config.tie_word_embeddings else tensors[LM_HEAD]
+    for number, layer in enumerate(layers):
+        for together in (("q", "k", "v"), ("gate", "up")):
+            check_one_kind(f"model.layers.{number}", [getattr(layer, name) for name in together], together)
+    embedding, lm_head = tensors[EMBEDDING], tensors.get(LM_HEAD)
+    if config.tie_word_embeddings and not isinstance(lm_head, QuantizedWeight):
+        lm_head = embedding
     return ModelWeights(embedding, layers, tensors[FINAL_NORM], lm_head)

@@ -80,7 +80,7 @@ def quantize(weight: torch.Tensor, bits: int, group: int = BLOCK) -> QuantizedWe
             step = w.gather(2, w.abs().argmax(2, keepdim=True))[..., 0] / -8
         q = (w / torch.where(step == 0, 1, step)[..., None]).round_().clamp_(max=127 if bits == 8 else 7)
         q = q.view(len(w), -1)[:, :width].to(torch.int8)
-        values[some] = q if bits == 8 else _packed(q)
+        values[some] = q if bits == 8 else packed(q)
         scale[some] = step
     return QuantizedWeight(values, scale, group)
 
@@ -100,7 +100,7 @@ def unpacked(values: torch.Tensor) -> torch.Tensor:
     return torch.stack((values & 15, values >> 4), 2).view(values.shape[0], -1).to(torch.int8) - 8
 
 
-def _packed(q: torch.Tensor) -> torch.Tensor:
+def packed(q: torch.Tensor) -> torch.Tensor:
     """int8 [N, C] -> uint8 [N, C / 2]."""
     nibbles = (q + 8).to(torch.uint8)
     return nibbles[:, ::2] | nibbles[:, 1::2] << 4
