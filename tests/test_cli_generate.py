@@ -166,7 +166,7 @@ def test_stops_at_any_of_the_words_and_tokens(checkpoint, run):
 
 def test_model_args_reach_the_decoder(run):
     assert "max_length=9" in sentence(run("--prompt", "Hello", "--model_args", "max_length=9"))
-    assert sentence(run("--prompt", "x", "--model_args", "num_layers=2")).endswith("max_batch_size, max_length")
+    assert sentence(run("--prompt", "x", "--model_args", "num_layers=2")).endswith("quantization, draft_head")
     assert "both given" in sentence(run("--prompt", "x", "--model_args", "backend=cpu"))
     assert "'dtype' does not look like key=value" in run("--prompt", "x", "--model_args", "dtype").stderr
 

@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_model
 
 import layerskip_kernels as lk
-from layerskip_kernels.decode.adaptation import Pace, draft_cost
+from layerskip_kernels.decode.adaptation import Pace
 from layerskip_kernels.decode.model import Model
 
 PROMPTS = [[5, 9, 17, 3, 250, 11, 40], [7], [100, 101, 102] * 14]
@@ -102,7 +102,7 @@ def test_cost_of_a_draft_is_its_share_of_the_weights(ours):
     layers = ours.model.weights.layers
     one = sum(t.numel() for t in layers[0] if isinstance(t, torch.Tensor))
     head = ours.model.weights.lm_head.numel()
-    assert draft_cost(ours.model, 3) == pytest.approx((3 * one + head) / (4 * one + head))
+    assert ours.model.draft_share(3) == pytest.approx((3 * one + head) / (4 * one + head))
 
 
 def test_a_model_that_agrees_keeps_drafting():

@@ -17,7 +17,7 @@ BAR = 24  # characters of the histogram's longest bar
 
 
 @click.command(cls=MetaCommand, short_help="Show which layers already know the tokens of a text.")
-@model_options
+@model_options(drafts=False)
 @click.option("--prompt", multiple=True, help="A text; repeat it for more.")
 @click.option(
     "--prompt_file", multiple=True, help='A text file is one text; each line {"prompt": ...} of a .jsonl file is one.'

@@ -15,6 +15,8 @@ STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 VERIFICATIONS = ("coupled", "rejection")
 METHODS = ("standard", "block")
+QUANTIZATIONS = ("int8", "int4")
+DRAFT_HEADS = ("auto", "shared", "int8", "int4")
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 
@@ -84,10 +86,18 @@ class MetaCommand(click.Command):
         return super().parse_args(ctx, expanded)
 
 
-def model_options(command: Callable | None = None, *, max_batch_size: int = 8) -> Callable:
-    """Which model, and what it runs on."""
+def model_options(command: Callable | None = None, *, max_batch_size: int = 8, drafts: bool = True) -> Callable:
+    """Which model, and what it runs on. `drafts`: the command makes some."""
     if command is None:
-        return partial(model_options, max_batch_size=max_batch_size)
+        return partial(model_options, max_batch_size=max_batch_size, drafts=drafts)
+    if drafts:
+        draft_head = click.option(
+            "--draft_head",
+            type=click.Choice(DRAFT_HEADS),
+            default=DRAFT_HEADS[0],
+            help="LM head that drafts: the model's, or a copy of it. auto: a copy where it pays.",
+        )
+        command = draft_head(command)
     for option in reversed(
         [
             click.option(
@@ -97,6 +107,11 @@ def model_options(command: Callable | None = None, *, max_batch_size: int = 8) -
             click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="auto: as stored."),
             click.option("--device", type=Device(), default="auto", help="cpu, cuda, cuda:1; auto: a GPU if any."),
             click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="Kernels to run on."),
+            click.option(
+                "--quantization",
+                type=click.Choice(QUANTIZATIONS),
+                help="Quantize linears and LM head while loading. On the CPU only.",
+            ),
             click.option(
                 "--max_batch_size", type=click.IntRange(1), default=max_batch_size, help="Prompts decoded together."
             ),

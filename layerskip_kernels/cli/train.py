@@ -156,7 +156,8 @@ def finish(trainer: Any, options: dict[str, Any]) -> None:
     length = min(64, options["sequence_length"] // 2)
     prompts = [row[:length] for row in rows[: options["measure_texts"]]]
     texts = decoder.generate(prompts, max_new_tokens=length, generation_strategy="autoregressive").sequences
-    found = settings.settings(decoder, [lens.read(decoder, p, text).drafts() for p, text in zip(prompts, texts)])
+    read = [lens.read(decoder, prompt, text, drafting=True) for prompt, text in zip(prompts, texts)]
+    found = settings.settings(decoder, [one.drafts() for one in read])
     if not found:
         raise CliError(
             "the model ends every held-out text at once, so no exit can be measured; the checkpoint is saved"

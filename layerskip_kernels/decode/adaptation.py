@@ -8,7 +8,6 @@ import torch
 
 from layerskip_kernels.decode.batch import Request
 from layerskip_kernels.decode.buffers import Round
-from layerskip_kernels.decode.model import Model
 
 
 class Adaptation:
@@ -71,10 +70,3 @@ class Pace:
             if tokens / (1 + drafts * self.cost) > speed:
                 best, speed = drafts, tokens / (1 + drafts * self.cost)
         return best
-
-
-def draft_cost(model: Model, exit_layer: int) -> float:
-    """Weights read for a drafted token over those of a whole pass: what decoding costs where memory limits it."""
-    layers = [sum(t.numel() for t in layer if isinstance(t, torch.Tensor)) for layer in model.weights.layers]
-    head = model.weights.lm_head.numel()
-    return (sum(layers[:exit_layer]) + head) / (sum(layers) + head)

@@ -13,6 +13,7 @@ from layerskip_kernels.decode import arguments
 from layerskip_kernels.decode.batch import Request
 from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.controls import Controls
+from layerskip_kernels.decode.draft_head import DRAFT_HEADS, choose_draft_head, make_draft_head
 from layerskip_kernels.decode.generate import STRATEGIES, Generation
 from layerskip_kernels.decode.model import Model
 from layerskip_kernels.decode.processors import Processing
@@ -36,20 +37,23 @@ class SelfSpeculativeDecoder:
     Attributes:
         config: `ModelConfig`; tokenizer: the checkpoint's, or None.
         exit_layer, num_speculations: what `generate` uses unless told otherwise.
+        draft_head: "shared", "int8" or "int4": the head that drafts.
         ops: the bound ops, with `ops.backends` saying which backend serves each.
     """
 
-    def __init__(self, loaded, *, exit_layer, num_speculations, backend, max_batch_size, max_length):
-        config = loaded.config
+    def __init__(self, loaded, *, exit_layer, num_speculations, backend, max_batch_size, max_length, draft_head):
+        config, weights = loaded.config, loaded.weights
         registry.check_backend_name(backend)
         self.config, self.tokenizer = config, loaded.tokenizer
-        self.ops = registry.bind(loaded.weights.embedding.device, loaded.weights.embedding.dtype, backend)
-        self.model = Model(config, loaded.weights, self.ops)
+        device, dtype = weights.embedding.device, weights.embedding.dtype
+        self.ops = registry.bind(device, dtype, backend, quantized=weights.quantized)
         self.exit_layer = arguments.exit_layer(exit_layer, config, config.exit_layer or max(1, config.num_layers // 4))
         recorded = config.num_speculations
         self.num_speculations = arguments.speculations(
             num_speculations, arguments.DEFAULT_SPECULATIONS if recorded is None else recorded
         )
+        self.draft_head = choose_draft_head(draft_head, weights, self.ops, self.exit_layer)
+        self.model = Model(config, weights, self.ops, make_draft_head(self.draft_head, weights))
         self.max_batch_size = arguments.whole("max_batch_size", max_batch_size, 1)
         self.max_length = None if max_length is None else arguments.whole("max_length", max_length, 2)
         self._workspace: Workspace | None = None
@@ -68,6 +72,8 @@ class SelfSpeculativeDecoder:
         backend: str = "auto",
         max_batch_size: int = 8,
         max_length: int | None = None,
+        quantization: str | None = None,
+        draft_head: str = "auto",
     ) -> SelfSpeculativeDecoder:
         """Load a Hugging Face checkpoint, safetensors only.
 
@@ -80,6 +86,13 @@ class SelfSpeculativeDecoder:
             backend: "auto", "cuda", "triton", "cpu" or "reference"; an explicit choice raises when it can't run.
             max_batch_size: sequences decoded together; further prompts wait for a free cache slot.
             max_length: prompt plus new tokens of a sequence, at most. None: as many as each call asks for.
+            quantization: "int8" or "int4" (8.5 and 4.5 bits per weight): linears and LM head are quantized while
+                loading. Norms, biases and the embedding table stay as they are. On the CPU only. None: as stored, where
+                torchao's weight-only int8 and int4 stay what they are, too.
+            draft_head: the LM head that drafts. "shared": the model's own; "int8", "int4": a quantized copy, made while
+                loading, of 1/2 or 1/4 of the bytes of a bfloat16 one. Verification uses the model's own, so what is
+                said never changes, only how much of a draft is accepted and what it takes. "auto": a copy where it
+                pays, on the CPU and for a large vocabulary; else shared.
 
         Raises:
             ValueError, TypeError: unusable arguments or checkpoint, in one sentence.
@@ -89,13 +102,15 @@ class SelfSpeculativeDecoder:
         from layerskip_kernels.models.loading import load_checkpoint
 
         registry.check_backend_name(backend)
+        arguments.one_of("draft_head", draft_head, DRAFT_HEADS)
         return cls(
-            load_checkpoint(model, dtype=dtype, device=arguments.device(device)),
+            load_checkpoint(model, dtype=dtype, device=arguments.device(device), quantization=quantization),
             exit_layer=exit_layer,
             num_speculations=num_speculations,
             backend=backend,
             max_batch_size=max_batch_size,
             max_length=max_length,
+            draft_head=draft_head,
         )
 
     @classmethod
@@ -109,14 +124,18 @@ class SelfSpeculativeDecoder:
         backend: str = "auto",
         max_batch_size: int = 8,
         max_length: int | None = None,
+        quantization: str | None = None,
+        draft_head: str = "auto",
     ) -> SelfSpeculativeDecoder:
         """Decode a live transformers model, sharing its weights; the model is not modified.
 
-        Arguments and errors as in `from_pretrained`; `tokenizer` makes strings usable as prompts.
+        With `quantization` linears and head are quantized copies. A model that torchao has quantized is shared as far
+        as its layout goes. Arguments and errors as in `from_pretrained`; `tokenizer` makes strings usable as prompts.
         """
         from layerskip_kernels.models.loading import from_transformers
 
-        loaded = from_transformers(hf_model)
+        arguments.one_of("draft_head", draft_head, DRAFT_HEADS)
+        loaded = from_transformers(hf_model, quantization)
         if tokenizer is not None:
             if not callable(tokenizer) or not callable(getattr(tokenizer, "decode", None)):
                 raise TypeError(f"tokenizer={shown(tokenizer)}: expected a transformers tokenizer")
@@ -128,6 +147,20 @@ class SelfSpeculativeDecoder:
             backend=backend,
             max_batch_size=max_batch_size,
             max_length=max_length,
+            draft_head=draft_head,
+        )
+
+    def __repr__(self) -> str:
+        weights, config = self.model.weights, self.config
+        size = self.model.layer_bytes(0, config.num_layers) + weights.lm_head.nbytes
+        if weights.lm_head is not weights.embedding:
+            size += weights.embedding.nbytes
+        drafts = "" if self.draft_head == "shared" else f" of {self.model.draft_weight.nbytes / 2**20:.1f} MiB"
+        return (
+            f"{type(self).__name__}({config.model_type}, {config.num_layers} layers, "
+            f"{str(self.dtype).removeprefix('torch.')}{' quantized' if weights.quantized else ''} on {self.device}, "
+            f"weights {size / 2**20:.1f} MiB, exit_layer={self.exit_layer}, num_speculations={self.num_speculations}, "
+            f"draft_head={self.draft_head}{drafts})"
         )
 
     @property

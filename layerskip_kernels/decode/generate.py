@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from layerskip_kernels.decode.adaptation import Adaptation, draft_cost
+from layerskip_kernels.decode.adaptation import Adaptation
 from layerskip_kernels.decode.batch import Request
 from layerskip_kernels.decode.buffers import Round
 from layerskip_kernels.decode.controls import Controls
@@ -64,7 +64,7 @@ class Generation:
         self.buffers, self.graphs = workspace.rounds(self.drafts, sampled, self.needs_logits)
         self.adaptation = None
         if self.drafts and (draft_confidence is not None or adaptive_speculations):
-            cost = draft_cost(self.model, exit_layer)
+            cost = self.model.draft_share(exit_layer)
             self.adaptation = Adaptation(draft_confidence, adaptive_speculations, cost, self.drafts)
         if self.control or self.show_draft or self.adaptation:  # the host looks into the round
             self.graphs = None

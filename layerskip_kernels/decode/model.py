@@ -8,15 +8,25 @@ from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.models.config import ModelConfig
 from layerskip_kernels.models.rope import Rope
 from layerskip_kernels.models.weights import ModelWeights
-from layerskip_kernels.ops import DecoderLayers, ExitHead, Sampling
+from layerskip_kernels.ops import DecoderLayers, ExitHead, QuantizedWeight, Sampling
 from layerskip_kernels.reference.decoder_stack import compose
 
 
 class Model:
-    """Weights, config and ops bound to one backend: embedding, a range of layers, head."""
+    """Weights, config and ops bound to one backend: embedding, a range of layers, head.
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, ops: SimpleNamespace):
+    `draft_head`: [V, C], in place of the LM head where drafts are made; None: the LM head itself.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        ops: SimpleNamespace,
+        draft_head: QuantizedWeight | None = None,
+    ):
         self.config, self.weights, self.ops = config, weights, ops
+        self.draft_weight = weights.lm_head if draft_head is None else draft_head
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.rope = Rope(config.rope, self.device)
         linear = torch_linear(ops) if torch_is_faster(ops, self.device, self.dtype) else ops.small_linear
@@ -45,16 +55,31 @@ class Model:
 
     def head(self, hidden: torch.Tensor, sampling: Sampling | None, out: ExitHead, logits_out=None) -> None:
         """Final norm and LM head on hidden [N, C]."""
-        weights = self.weights
+        self._head(self.weights.lm_head, hidden, sampling, out, logits_out)
+
+    def draft_head(self, hidden: torch.Tensor, sampling: Sampling | None, out: ExitHead, logits_out=None) -> None:
+        """As `head`, with the head that drafts."""
+        self._head(self.draft_weight, hidden, sampling, out, logits_out)
+
+    def _head(self, weight, hidden, sampling, out, logits_out) -> None:
         self.ops.exit_head(
             hidden,
-            weights.final_norm,
-            weights.lm_head,
+            self.weights.final_norm,
+            weight,
             eps=self.config.rms_norm_eps,
             sampling=sampling,
             logits_out=logits_out,
             out=out,
         )
+
+    def layer_bytes(self, first: int, last: int) -> int:
+        """Of weights that layers [first, last) read."""
+        return sum(getattr(field, "nbytes", 0) for layer in self.weights.layers[first:last] for field in layer)
+
+    def draft_share(self, exit_layer: int) -> float:
+        """Weights read for a drafted token over those of a whole pass: what it costs where memory limits decoding."""
+        draft = self.layer_bytes(0, exit_layer) + self.draft_weight.nbytes
+        return draft / (self.layer_bytes(0, self.config.num_layers) + self.weights.lm_head.nbytes)
 
     def _layers(self, first: int, last: int) -> DecoderLayers:
         """One object per range, so that what a backend prepares from it is prepared once."""
@@ -83,6 +108,8 @@ def torch_linear(ops: SimpleNamespace):
         if isinstance(weights, torch.Tensor):
             y = torch.nn.functional.linear(x, weights, bias)
             return y if residual is None else residual + y
+        if isinstance(weights, QuantizedWeight) or isinstance(weights[0], QuantizedWeight):
+            return ops.small_linear(x, weights, bias=bias, residual=residual, out=out)
         return [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, bias or [None] * len(weights))]
 
     return linear

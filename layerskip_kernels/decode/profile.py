@@ -35,7 +35,6 @@ class ProfiledModel:
 
     def __init__(self, model: Model, exit_layer: int | None, phases: dict[str, Phase]):
         self._model, self._exit_layer, self._phases = model, exit_layer, phases
-        self._drafting = False
         timed = {
             "verify_tokens": self._timed("accept", model.ops.verify_tokens),
             "verify_rejection": self._timed("accept", model.ops.verify_rejection),
@@ -47,18 +46,20 @@ class ProfiledModel:
         return getattr(self._model, name)
 
     def run_layers(self, first: int, last: int, *args: Any, **where: Any) -> None:
-        self._drafting = last == self._exit_layer
-        layers = self._model.weights.layers[first:last]
-        size = sum(getattr(field, "nbytes", 0) for layer in layers for field in layer)
-        self._timed(self._name("layers"), self._model.run_layers, size)(first, last, *args, **where)
+        size = self._model.layer_bytes(first, last)
+        name = self._name("layers", last == self._exit_layer)
+        self._timed(name, self._model.run_layers, size)(first, last, *args, **where)
 
-    def head(self, *args: Any, **options: Any) -> None:
-        self._timed(self._name("head"), self._model.head, self._model.weights.lm_head.nbytes)(*args, **options)
+    def head(self, *args: Any) -> None:
+        self._timed(self._name("head", False), self._model.head, self._model.weights.lm_head.nbytes)(*args)
 
-    def _name(self, part: str) -> str:
+    def draft_head(self, *args: Any) -> None:
+        self._timed(self._name("head", True), self._model.draft_head, self._model.draft_weight.nbytes)(*args)
+
+    def _name(self, part: str, drafts: bool) -> str:
         if self._exit_layer is None:
             return part
-        return f"draft {part}" if self._drafting else f"verify {part}"
+        return f"draft {part}" if drafts else f"verify {part}"
 
     def _timed(self, name: str, function: Callable[..., Any], weight_bytes: int = 0) -> Callable[..., Any]:
         def timed(*args: Any, **options: Any) -> Any:

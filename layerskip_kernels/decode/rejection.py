@@ -23,6 +23,8 @@ OWN_WORDS = 1 << 31  # as an index of `random_words`: above those of any vocabul
 class Rejection:
     """Drafts and accepts the tokens of a round by `ops.verify_rejection`, on the distributions after all filters.
 
+    A draft's is that of the head that drew it, which may be a quantized copy of the model's.
+
     The random words of a round are those of its window's rows and the position it starts at. Every round starts further
     on, so none draws with words that another one has looked at; with the drafted position alone it would, and block
     verification decides about a draft by the words of the next ones.
@@ -45,7 +47,7 @@ class Rejection:
     def draw(self, model: Model, r: Round, t: int) -> torch.Tensor:
         """Draft t of each row, [B] int64."""
         logits = self.draft_probs[:, t]
-        model.head(r.exit_hidden[:, t], None, r.draft_head, logits)
+        model.draft_head(r.exit_hidden[:, t], None, r.draft_head, logits)
         logits.copy_(self._probabilities(logits, r.draft_sampling))
         return draw(logits, self.draft_uniforms[:, t])
 

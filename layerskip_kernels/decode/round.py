@@ -98,7 +98,7 @@ def draft(
         else:
             if r.sampled:
                 r.draft_sampling.position.copy_(r.next_positions[:, t])
-            model.head(r.step_rows[t], r.draft_sampling, r.draft_head)
+            model.draft_head(r.step_rows[t], r.draft_sampling, r.draft_head)
             r.step_tokens[t + 1].copy_(r.draft_head.token)
         if adaptation is not None and adaptation.stops(r, t):
             r = narrow(model, r, t + 1)

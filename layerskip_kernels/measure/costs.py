@@ -34,6 +34,7 @@ class Costs:
     layer: list[float]  # one layer over the window
     layers_call: list[float]  # what a run of layers costs besides
     head: list[float]  # final norm and LM head on every row of the window
+    draft_head: float  # final norm and the head that drafts
     plain_overhead: float  # of an autoregressive step: what is neither layers nor head
     round_overhead: float  # of a self-speculative round, the same
     draft_overhead: float  # of every draft, the same
@@ -54,7 +55,7 @@ class Costs:
     def round(self, exit_layer: int, num_speculations: float) -> float:
         """Seconds of a round: K drafts, the early layers over the last one, verification of K + 1."""
         width = num_speculations + 1
-        draft = width * self.layers(exit_layer, 1) + num_speculations * (self.heads(1) + self.draft_overhead)
+        draft = width * self.layers(exit_layer, 1) + num_speculations * (self.draft_head + self.draft_overhead)
         return draft + self.layers(self.num_layers - exit_layer, width) + self.heads(width) + self.round_overhead
 
     def speedup(self, setting: Setting) -> float:
@@ -85,7 +86,8 @@ def measure_costs(
     for width in widths:
         probes["layers", width] = phases.timer(partial(phases.layers, layers, width))
         probes["half", width] = phases.timer(partial(phases.layers, half, width))
-        probes["head", width] = phases.timer(partial(phases.head, width))
+        probes["head", width] = phases.timer(partial(phases.head, width, phases.model.head))
+    probes["draft head"] = phases.timer(partial(phases.head, 1, phases.model.draft_head))
     # whole rounds too, the shortest ones, as a busy machine interrupts the others
     probes["plain"] = partial(_round, decoder, prompt, 0)
     probes["round"] = partial(_round, decoder, prompt, 1)
@@ -103,7 +105,8 @@ def measure_costs(
         # a run of layers has costs of its own, but never less than none
         layer = np.clip((whole_stack - half_stack) / (layers - half), 0.0, whole_stack / layers)
     calls = whole_stack - layers * layer
-    bare = Costs(layers, batch, context, widths, layer.tolist(), calls.tolist(), heads.tolist(), 0.0, 0.0, 0.0)
+    measured = layer.tolist(), calls.tolist(), heads.tolist(), least["draft head"]
+    bare = Costs(layers, batch, context, widths, *measured, 0.0, 0.0, 0.0)
     # a round does once what an autoregressive step does besides layers and head; what it takes more is the draft's
     plain = max(0.0, least["plain"] - bare.step())
     once_and_draft = max(0.0, least["round"] - bare.round(decoder.exit_layer, 1))
@@ -158,10 +161,10 @@ class _Phases:
             slot_ids=self.slots,
         )
 
-    def head(self, width: int) -> None:
+    def head(self, width: int, head: Callable[..., None]) -> None:
         rows = self.batch * width
         out = ExitHead(self.tokens[:rows], self.figures[0, :rows], self.figures[1, :rows])
-        self.model.head(self.hidden.view(-1, self.hidden.shape[-1])[:rows], None, out)
+        head(self.hidden.view(-1, self.hidden.shape[-1])[:rows], None, out)
 
     def timer(self, phase: Callable[[], None]) -> Callable[[], float]:
         """Seconds of one run of a phase; on a GPU in a CUDA graph, as decoding runs it."""

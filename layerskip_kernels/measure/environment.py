@@ -33,6 +33,7 @@ def environment(decoder: Any) -> dict[str, Any]:
             "layers": decoder.config.num_layers,
             "exit_layer": decoder.exit_layer,
             "num_speculations": decoder.num_speculations,
+            "draft_head": decoder.draft_head,
             "max_batch_size": decoder.max_batch_size,
             "backends": dict(decoder.ops.backends),
         },

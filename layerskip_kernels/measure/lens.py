@@ -60,13 +60,19 @@ def layer_reports(lenses: Sequence[Lens]) -> list[LayerReport]:
 
 @torch.inference_mode()
 def read(
-    decoder, prompt: Sequence[int], continuation: Sequence[int] = (), sampling: SamplingOptions | None = None
+    decoder,
+    prompt: Sequence[int],
+    continuation: Sequence[int] = (),
+    sampling: SamplingOptions | None = None,
+    *,
+    drafting: bool = False,
 ) -> Lens:
     """Looks at the `continuation` of a prompt, or without one at the prompt itself, from its second token on.
 
     The continuation runs through the kernels that decode, in their numbers: on a text that `decoder` generated, the
     last exit says exactly its tokens, and every other exit exactly what it would have drafted there. With `sampling`
-    the exits draw their tokens, with the noise that decoding has at the same positions.
+    the exits draw their tokens, with the noise that decoding has at the same positions. `drafting`: the exits speak
+    through the head that drafts, which may be a quantized copy; the last layer never does.
     """
     model: Model = decoder.model
     ids = torch.tensor([*prompt, *continuation], dtype=torch.int64, device=model.device)
@@ -79,7 +85,8 @@ def read(
         for layer in range(model.config.num_layers):
             piece.run_layers(layer, layer + 1)
             hidden, targets = piece.hidden[0, start - piece.start :], ids[start + 1 : piece.stop + 1]
-            rows.append(_predict(model, hidden, targets, start + 1, sampling))
+            drafts = drafting and layer + 1 < model.config.num_layers
+            rows.append(_predict(model, hidden, targets, start + 1, sampling, drafts))
         found.append([torch.stack(part) for part in zip(*rows)])
     return Lens(ids[first + 1 :].cpu(), *(torch.cat(part, 1) for part in zip(*found)))
 
@@ -90,12 +97,12 @@ def read_all(decoder, rows: Iterable[Sequence[int]]) -> list[Lens]:
 
 
 def _predict(
-    model: Model, hidden: Tensor, targets: Tensor, position: int, sampling: SamplingOptions | None
+    model: Model, hidden: Tensor, targets: Tensor, position: int, sampling: SamplingOptions | None, drafts: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, entropies and the targets' log-probabilities, [N] each on the CPU, for hidden [N, C]."""
     tokens = torch.empty(len(hidden), dtype=torch.int64)
     entropy, logprob = torch.empty(len(hidden)), torch.empty(len(hidden))
-    for part, token, logits in heads(model, hidden, position, sampling):
+    for part, token, logits in heads(model, hidden, position, sampling, drafts=drafts):
         logp = logits.log_softmax(-1)
         tokens[part] = token.cpu()
         entropy[part] = -(logp.exp() * logp).nan_to_num(0.0).sum(-1).cpu()

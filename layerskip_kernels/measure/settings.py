@@ -54,14 +54,11 @@ def settings(
     """Every (E, K) over the texts' `Lens.drafts()`, the highest ceiling first; none where nothing is drafted.
 
     The ceiling is tokens per round over 1 + K d, where d is the share of the model's weights that a draft step reads:
-    exit layers and head.
+    exit layers and the head that drafts.
     """
-    weights = decoder.model.weights
-    sizes = [sum(field.numel() for field in layer if hasattr(field, "numel")) for layer in weights.layers]
-    head = weights.lm_head.numel()
     found = []
-    for exit_layer in exit_layers or range(1, len(sizes)):
-        draft = (sum(sizes[:exit_layer]) + head) / (sum(sizes) + head)
+    for exit_layer in exit_layers or range(1, decoder.config.num_layers):
+        draft = decoder.model.draft_share(exit_layer)
         for num_speculations in speculations:
             counts = [simulate(text[exit_layer - 1], num_speculations) for text in agreed]
             rounds, drafted, accepted, decided = (sum(column) for column in zip(*counts))

@@ -106,7 +106,7 @@ class Sweep:
         noise = self._sampling()
         found = []
         for prompt, answer, sampling in zip(self.prompts, self.answers, noise):
-            found.append(lens.read(self.decoder, prompt, answer, sampling).drafts())
+            found.append(lens.read(self.decoder, prompt, answer, sampling, drafting=True).drafts())
             tick()
         return found
 

@@ -53,12 +53,12 @@ def pieces(model: Model, cache: KVCache, ids: Tensor, prompt_length: int, start:
 
 
 def heads(
-    model: Model, hidden: Tensor, position: int = 0, sampling: SamplingOptions | None = None
+    model: Model, hidden: Tensor, position: int = 0, sampling: SamplingOptions | None = None, *, drafts: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Final norm and LM head on hidden [N, C], in parts so that no [N, V] is held.
 
     Yields the rows of a part, what the model says there [n] int64, and its logits [n, V] float32. With `sampling` it
-    draws the tokens, with the noise that decoding has at `position` and on.
+    draws the tokens, with the noise that decoding has at `position` and on. `drafts`: by the head that drafts.
     """
     for start in range(0, len(hidden), WINDOW):
         part = slice(start, start + WINDOW)
@@ -70,7 +70,7 @@ def heads(
         )
         logits = torch.empty(len(rows), model.config.vocab_size, device=model.device)
         noise = sampling and _sampling(sampling, position + start, len(rows), model.device)
-        model.head(rows, noise, out, logits)
+        (model.draft_head if drafts else model.head)(rows, noise, out, logits)
         yield part, out.token, logits
 
 
