@@ -1,1 +1,1 @@
-"""Where other libraries call in: transformers' `generate` and attention interface."""
+"""Where other libraries call in: transformers' `generate` and attention interface, lm-evaluation-harness."""
