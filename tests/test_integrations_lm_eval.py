@@ -191,6 +191,17 @@ def test_the_harness_makes_it_from_its_arguments(checkpoint):
         assert made.device.type == "cpu" and made.decoder.num_speculations == 2
 
 
+def test_quantized_weights_are_rated_as_they_decode(checkpoint):
+    model = LayerSkipLM(checkpoint, quantization="int8", draft_head="int4")
+    assert model.decoder.draft_head == "int4"
+    (answer,) = generate(model, ["one"])
+    assert [answer] == generate(LayerSkipLM(checkpoint, quantization="int8", draft_head="shared"), ["one"])
+    ids = model.tok_encode("one")
+    (said,) = model.decoder.generate([ids], max_new_tokens=20, eos_token_id=[]).sequences
+    ((_, greedy),) = model._loglikelihood_tokens([(None, ids, said)], disable_tqdm=True)
+    assert greedy
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -44,7 +44,8 @@ class LayerSkipLM(TemplateLM):
 
     Args:
         pretrained: a local folder, a hub id, "demo", or a `SelfSpeculativeDecoder`, which the next ones leave alone.
-        exit_layer, num_speculations, dtype, device, backend: as in `SelfSpeculativeDecoder.from_pretrained`.
+        exit_layer, num_speculations, dtype, device, backend, quantization, draft_head: as in
+            `SelfSpeculativeDecoder.from_pretrained`.
         batch_size, max_batch_size: prompts decoded together; the second wins where both are given. "auto": 8.
         generation_strategy, verification, rejection_method, draft_confidence, adaptive_speculations: as in `generate`.
         max_length: tokens of a text, prompt included. None: as many as the model was made for.
@@ -75,6 +76,8 @@ class LayerSkipLM(TemplateLM):
         dtype: str = "auto",
         device: str = "auto",
         backend: str = "auto",
+        quantization: str | None = None,
+        draft_head: str = "auto",
         batch_size: int | str = "auto",
         max_batch_size: int | None = None,
         max_length: int | None = None,
@@ -97,6 +100,8 @@ class LayerSkipLM(TemplateLM):
                 dtype=dtype,
                 device=device,
                 backend=backend,
+                quantization=quantization,
+                draft_head=draft_head,
                 max_batch_size=prompts_together(batch_size, max_batch_size),
             )
         if decoder.tokenizer is None:
@@ -234,7 +239,10 @@ class LayerSkipLM(TemplateLM):
         return context[-(self.max_length + 1 - len(continuation)) :]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        prompts = [(self.tok_encode(context), how, i, context) for i, (context, how) in enumerate(_args(requests))]
+        prompts = []
+        for number, request in enumerate(requests):
+            context, how = request.args
+            prompts.append((self.tok_encode(context), how, number, context))
         ordered = Collator(
             prompts, sort_fn=lambda p: (-len(p[0]), p[0]), group_fn=lambda p: p[1], group_by="gen_kwargs"
         )
@@ -288,10 +296,6 @@ class LayerSkipLM(TemplateLM):
         ran = environment(self.decoder)
         how = {"max_length": self.max_length, "seed": self.seed, **self._how}
         return {"layerskip": {**ran["decoder"], **how, "machine": ran["machine"], **self.tally.report()}}
-
-
-def _args(requests: Sequence[Any]) -> list[tuple[str, dict]]:
-    return [request.args for request in requests]
 
 
 if __name__ == "__main__":
