@@ -34,7 +34,7 @@ import torch
 from bandwidth import read_bandwidth
 from make_controlled import random_prompt
 from peer_files import PeerFiles
-from peer_rows import chosen, figures, steady_turn, table
+from peer_rows import Row, chosen, figures, steady_turn, table
 from peer_workers import Task, Worker, set_environment
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -113,57 +113,69 @@ def locked(path: Path | None, kind: int):
 
 
 def load(arguments, files: PeerFiles, task: Task, console: Console) -> tuple[dict, dict[str, str]]:
-    """Workers by their key, all rows warmed up; the reasons of those rows that can't run."""
-    workers, reasons = {}, {}
+    """Workers by their key; the reasons of those rows that can't run."""
+    workers, failed = {}, {}
     for row in arguments.chosen:
+        if row.worker in workers or row.worker in failed:
+            continue
         with locked(arguments.lock, fcntl.LOCK_SH):
             try:
-                if row.worker not in workers:
-                    workers[row.worker] = Worker(row.peer, row.weights, row.load, files, task)
-                if isinstance(workers[row.worker], Worker):
-                    result = workers[row.worker].decode(row.method)
-                    rate = result["decode_tokens"] / result["decode_seconds"]
-                    console.print(f"{row.name}: ready, {rate:.1f} tok/s in the warm-up")
-                else:
-                    reasons[row.name] = workers[row.worker]
+                workers[row.worker] = Worker(row.peer, row.weights, row.load, files, task)
             except RuntimeError as error:
-                reasons[row.name] = str(error)
-                workers.setdefault(row.worker, str(error))  # what could not be loaded is not tried again
-        if row.name in reasons:
-            console.print(f"{row.name}: {reasons[row.name]}")
-    return {key: worker for key, worker in workers.items() if isinstance(worker, Worker)}, reasons
+                failed[row.worker] = str(error)
+        console.print(f"{row.name}: {failed.get(row.worker, 'loaded')}")
+    return workers, {row.name: failed[row.worker] for row in arguments.chosen if row.worker in failed}
 
 
-def measure(arguments, rows, workers, console: Console) -> tuple[list[dict], dict[str, list[int]]]:
-    """Every turn of every round, and each row's tokens."""
+def warm_up(rows, workers, reasons: dict[str, str], console: Console) -> None:
+    """Decodes every row once: it compiles, and fills caches. A row that fails gets its reason."""
+    for row in rows:
+        try:
+            result = workers[row.worker].decode(row.method)
+            note = f"{result['decode_tokens'] / result['decode_seconds']:.1f} tok/s in the warm-up"
+        except RuntimeError as error:
+            note = reasons[row.name] = str(error)
+        console.print(f"{row.name}: {note}")
+
+
+def measure(arguments, workers, reasons: dict[str, str], console: Console) -> tuple[list[dict], dict[str, list[int]]]:
+    """Every turn of every round, and each row's tokens; `reasons` gets those of rows that fail in the warm-up."""
     data = torch.ones(PROBE_FLOATS)
     turns, tokens = [], {}
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+
+    def rows() -> list[Row]:
+        return [row for row in arguments.chosen if row.name not in reasons]
+
+    def one_round(number: int) -> None:
+        for row in rows():
+            taken = steady_turn(
+                lambda row=row: workers[row.worker].decode(row.method),
+                lambda: read_bandwidth(data, repeats=8),
+                arguments.steady,
+                arguments.tries,
+            )
+            for turn in taken:
+                tokens[row.name] = turn.pop("tokens")
+                turns.append({"round": number, "row": row.name, **turn})
+            rate = turn["decode_tokens"] / turn["decode_seconds"]
+            progress.update(bar, advance=1, description=f"{row.name}: {rate:.1f} tok/s")
+
+    number, warm = 0, False
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("turns", total=arguments.rounds * len(rows))
-
-        def one_round(number: int) -> None:
-            for row in rows:
-                taken = steady_turn(
-                    lambda row=row: workers[row.worker].decode(row.method),
-                    lambda: read_bandwidth(data, repeats=8),
-                    arguments.steady,
-                    arguments.tries,
-                )
-                for turn in taken:
-                    tokens[row.name] = turn.pop("tokens")
-                    turns.append({"round": number, "row": row.name, **turn})
-                rate = turn["decode_tokens"] / turn["decode_seconds"]
-                progress.update(bar, advance=1, description=f"{row.name}: {rate:.1f} tok/s")
-
-        number = 0
+        bar = progress.add_task("turns", total=arguments.rounds * len(rows()))
         while number < arguments.rounds:
             with locked(arguments.lock, fcntl.LOCK_EX):
                 started = ended = time.monotonic()
                 longest = 0.0
                 while number < arguments.rounds and ended - started + longest <= arguments.lock_seconds:
-                    one_round(number)
-                    number += 1
+                    if warm:
+                        one_round(number)
+                        number += 1
+                    else:
+                        warm_up(rows(), workers, reasons, console)
+                        progress.update(bar, total=arguments.rounds * len(rows()))
+                        warm = True
                     longest, ended = max(longest, time.monotonic() - ended), time.monotonic()
     return turns, tokens
 
@@ -185,15 +197,16 @@ def main(argv: list[str] | None = None) -> None:
         arguments.threads,
     )
     workers, reasons = load(arguments, files, task, console)
-    rows = [row for row in arguments.chosen if row.name not in reasons]
     try:
-        turns, tokens = measure(arguments, rows, workers, console)
+        turns, tokens = measure(arguments, workers, reasons, console)
     finally:
         loaded = {key: worker.loaded for key, worker in workers.items()}
         for worker in workers.values():
             worker.close()
     found = [
-        figures(row, [turn for turn in turns if turn["row"] == row.name], tokens, loaded[row.worker]) for row in rows
+        figures(row, [turn for turn in turns if turn["row"] == row.name], tokens, loaded[row.worker])
+        for row in arguments.chosen
+        if row.name not in reasons
     ]
     versions = {"layerskip_kernels": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in PACKAGES}
