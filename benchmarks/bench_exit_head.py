@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from conftest import assert_close, rotated
 
 from layerskip_kernels import reference
-from layerskip_kernels.ops import ExitHead, Sampling, exit_head
+from layerskip_kernels.ops import ExitHead, Sampling, exit_head, quantize
 
 SHAPES = {"smollm2": (49152, 576), "llama3.2-1b": (128256, 2048)}
 EPS = 1e-5
@@ -36,6 +36,23 @@ def bench_exit_head(row, backend, device, rows, shape, draw):
     assert_close(actual.logprob[same], expected.logprob[same], dtype)
     out = ExitHead(torch.empty_like(index), torch.empty_like(ones), torch.empty_like(ones))
     row([lambda h=h: exit_head(hidden, norm, h, eps=EPS, sampling=sampling, out=out) for h in heads], size, device)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def bench_quantized_head(row, backend, rows, shape, bits):
+    vocab, width = SHAPES[shape]
+    hidden, norm = torch.randn(rows, width, dtype=torch.bfloat16), torch.ones(width, dtype=torch.bfloat16)
+    head = quantize(torch.randn(vocab, width) / width**0.5, bits)
+    heads = rotated(lambda: head._replace(values=head.values.clone(), scale=head.scale.clone()), head.nbytes, "cpu")
+    logits = torch.empty(rows, vocab)
+    exit_head(hidden, norm, head, eps=EPS, logits_out=logits)
+    expected = torch.empty(1, vocab)
+    reference.exit_head(hidden[:1], norm, head, eps=EPS, logits_out=expected)
+    assert_close(logits[:1], expected, hidden.dtype)
+    out = exit_head(hidden, norm, head, eps=EPS)
+    row([lambda h=h: exit_head(hidden, norm, h, eps=EPS, out=out) for h in heads], head.nbytes)
 
 
 def _torch_head(hidden, norm, head, draw):

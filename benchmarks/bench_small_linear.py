@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from conftest import assert_close, rotated
 
 from layerskip_kernels import reference
-from layerskip_kernels.ops import small_linear
+from layerskip_kernels.ops import quantize, small_linear
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "f16", "f32"])
@@ -12,6 +12,22 @@ from layerskip_kernels.ops import small_linear
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
 def bench_small_linear(row, backend, device, rows, shape, dtype):
     _bench(row, backend, device, rows, shape, dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(8192, 2048), (2048, 8192)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+def bench_quantized_linear(row, backend, rows, shape, bits):
+    """Bytes are those of values and scales; from M = 4 on the integer products take longer than reading them."""
+    n, c = shape
+    x = torch.randn(rows, c, dtype=torch.bfloat16)
+    out = torch.empty(rows, n, dtype=torch.bfloat16)
+    weight = quantize(torch.randn(n, c) / c**0.5, bits)
+    weights = rotated(
+        lambda: weight._replace(values=weight.values.clone(), scale=weight.scale.clone()), weight.nbytes, "cpu"
+    )
+    assert_close(small_linear(x, weight), reference.small_linear(x, weight), x.dtype)
+    row([lambda w=w: small_linear(x, w, out=out) for w in weights], weight.nbytes)
 
 
 @pytest.mark.gpu

@@ -18,9 +18,11 @@ void rms_norm(Address x, int64_t x_stride, Address weight, Address residual, int
                 eps, lk::DType(dtype), num_threads});
 }
 
-// weights: data, stride, n, bias, out, out_stride of each weight in turn.
+// weights: data, stride, n, bias, out, out_stride of each weight in turn. quantization: empty, or bits, group, scale,
+// scale_stride, offset, offset_stride of each.
 void small_linear(Address x, int64_t x_stride, int64_t m, int64_t c, const py::tuple& weights, Address norm_weight,
-                  float norm_eps, Address residual, int64_t residual_stride, int dtype, int num_threads) {
+                  float norm_eps, Address residual, int64_t residual_stride, int dtype, int num_threads,
+                  const py::tuple& quantization) {
   constexpr size_t kFields = 6;
   lk::LinearWeight few[4];
   std::vector<lk::LinearWeight> many;
@@ -33,7 +35,8 @@ void small_linear(Address x, int64_t x_stride, int64_t m, int64_t c, const py::t
   for (size_t i = 0; i < count; ++i) {
     int64_t field[kFields];
     for (size_t j = 0; j < kFields; ++j) field[j] = PyLong_AsLongLong(PyTuple_GET_ITEM(weights.ptr(), i * kFields + j));
-    list[i] = {pointer(field[0]), field[1], field[2], pointer(field[3]), pointer(field[4]), field[5]};
+    list[i] = {pointer(field[0]), field[1], field[2], pointer(field[3]), pointer(field[4]), field[5],
+               quantization_of(quantization, i)};
   }
   if (PyErr_Occurred()) throw py::error_already_set();
   py::gil_scoped_release release;

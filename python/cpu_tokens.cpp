@@ -48,7 +48,9 @@ void verify_rejection(const py::tuple& round, Address draft_probs, Strides draft
 void exit_head(Address hidden, int64_t hidden_stride, Address norm_weight, float eps, Address lm_head,
                int64_t lm_head_stride, Address bias, float logit_scale, float softcap, const std::vector<Address>& sampling,
                Address logits_out, int64_t logits_stride, Address token, Address logprob, Address confidence, int64_t n,
-               int64_t c, int64_t v, int dtype, int num_threads) {
+               int64_t c, int64_t v, int dtype, int num_threads, const py::tuple& quantization) {
+  const lk::Quantization lm_head_quantization = quantization_of(quantization);
+  if (PyErr_Occurred()) throw py::error_already_set();
   lk::SamplingArgs s{};
   if (!sampling.empty())
     s = {pointer<float>(sampling.at(0)),   pointer<int64_t>(sampling.at(1)), pointer<int64_t>(sampling.at(2)),
@@ -57,7 +59,8 @@ void exit_head(Address hidden, int64_t hidden_stride, Address norm_weight, float
   py::gil_scoped_release release;
   lk::exit_head({pointer(hidden), hidden_stride, pointer(norm_weight), eps, pointer(lm_head), lm_head_stride, pointer(bias),
                  logit_scale, softcap, s, pointer<float>(logits_out), logits_stride, pointer<int64_t>(token),
-                 pointer<float>(logprob), pointer<float>(confidence), n, c, v, lk::DType(dtype), num_threads});
+                 pointer<float>(logprob), pointer<float>(confidence), n, c, v, lk::DType(dtype), num_threads,
+                 lm_head_quantization});
 }
 
 }  // namespace

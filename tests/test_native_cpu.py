@@ -140,7 +140,7 @@ x, w, y = np.ones((2, 4096), np.float32), np.ones((300, 4096), np.float32), np.z
 def check():
     y[:] = 0
     weights = (w.ctypes.data, 4096, 300, 0, y.ctypes.data, 300)
-    _cpu.small_linear(x.ctypes.data, 4096, 2, 4096, weights, 0, 0.0, 0, 0, 0, 3)
+    _cpu.small_linear(x.ctypes.data, 4096, 2, 4096, weights, 0, 0.0, 0, 0, 0, 3, ())
     assert (y == 4096).all() and _cpu.pool_size() == 2
 check()
 child = os.fork()

@@ -30,7 +30,10 @@ struct Stack {
   void copy_hidden(bool back) const;
 };
 
-LK_INLINE LinearWeight weight_of(const StackLinear& w, void* out) { return {w.data, w.stride, w.n, w.bias, out, w.n}; }
+LK_INLINE LinearWeight weight_of(const StackLinear& w, void* out, int64_t out_stride) {
+  return {w.data, w.stride, w.n, w.bias, out, out_stride, w.quantization};
+}
+LK_INLINE LinearWeight weight_of(const StackLinear& w, void* out) { return weight_of(w, out, w.n); }
 
 void Stack::carve(bool copy_hidden) {
   int64_t inner = 0, mlp = 0;
@@ -145,7 +148,7 @@ void Stack::attend(const StackLayer& layer, int64_t index) const {
   args.num_threads = a.num_threads;
   LK_VARIANT::verify_attention(args);
 
-  const LinearWeight o = {layer.o.data, layer.o.stride, layer.o.n, layer.o.bias, hidden, hidden_stride};
+  const LinearWeight o = weight_of(layer.o, hidden, hidden_stride);
   linear(scratch.attended, layer.q.n, layer.q.n, &o, 1, nullptr, true);
 }
 
@@ -154,7 +157,7 @@ void Stack::feed_forward(const StackLayer& layer) const {
   const LinearWeight gate_up[] = {weight_of(layer.gate, scratch.gate), weight_of(layer.up, scratch.up)};
   linear(hidden, hidden_stride, a.c, gate_up, 2, layer.mlp_norm, false);
   LK_VARIANT::swiglu({scratch.gate, mlp, scratch.up, mlp, scratch.gate, mlp, rows, mlp, a.dtype, a.num_threads});
-  const LinearWeight down = {layer.down.data, layer.down.stride, layer.down.n, layer.down.bias, hidden, hidden_stride};
+  const LinearWeight down = weight_of(layer.down, hidden, hidden_stride);
   linear(scratch.gate, mlp, mlp, &down, 1, nullptr, true);
 }
 

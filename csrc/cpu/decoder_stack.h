@@ -9,14 +9,16 @@
 #include <cstdint>
 
 #include "common/dtypes.h"
+#include "cpu/quantization.h"
 
 namespace lk {
 
 struct StackLinear {
-  const void* data;  // [n, inputs], rows `stride` elements apart
+  const void* data;  // [n, inputs], rows `stride` elements apart; see `quantization`
   int64_t stride;
   int64_t n;
   const void* bias;  // [n] or null
+  Quantization quantization = {};
 };
 
 // Eight bytes a field: Python passes layers as an array of int64, in this order.

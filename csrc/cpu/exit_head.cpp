@@ -1,5 +1,5 @@
 #include "cpu/ops.h"
-#include "cpu/panel.h"
+#include "cpu/quantized_panel.h"
 #include "cpu/rms_norm_row.h"
 #include "cpu/score_filter.h"
 #include "cpu/thread_pool.h"
@@ -95,11 +95,13 @@ struct Pass {
     return memory && needs_filter(a, first + row) ? memory + row * a.v : nullptr;
   }
 
-  void chunk(int64_t index, const Product<T>& product) const {
+  template <class Rows>
+  void chunk(int64_t index, const Rows& x) const {
     alignas(64) float logits[kMaxPackedRows][kHeadChunk];
     const int64_t begin = index * kHeadChunk;
     const int64_t count = a.v - begin < kHeadChunk ? a.v - begin : kHeadChunk;
-    panel(product, begin, begin + count, a.v, Totals{logits[0], kHeadChunk});
+    const Matrix lm_head{a.lm_head, a.lm_head_stride, a.v, a.quantization};
+    x.panel(lm_head, begin, begin + count, Totals{logits[0], kHeadChunk});
     for (int64_t row = 0; row < m; ++row) {
       float* kept = kept_logits(row);
       for (int64_t i = 0; i < count; i += kWidth) {
@@ -147,15 +149,12 @@ struct Pass {
   }
 };
 
-template <class T>
-void run(const ExitHeadArgs& a) {
-  using X = typename Dot<T>::X;
-  const int64_t stride = packed_size<T>(a.c);
-  const int64_t most = a.n < kMaxPackedRows ? a.n : kMaxPackedRows;
+template <class T, class Rows>
+void run_passes(const ExitHeadArgs& a, Rows rows) {
+  const int64_t most = rows.m;
   const int64_t chunks = (a.v + kHeadChunk - 1) / kHeadChunk;
   const SamplingArgs& s = a.sampling;
   const bool needs_memory = s.temperature && (s.top_k || s.top_p || s.min_p) && !a.logits_out;
-  X* packed = static_cast<X*>(workspace(Workspace::linear_x, size_t(most * stride) * sizeof(X)));
   T* normed = static_cast<T*>(workspace(Workspace::linear_norm, size_t(a.c) * sizeof(T)));
   Partial* partials =
       static_cast<Partial*>(workspace(Workspace::head_partials, size_t(chunks * most) * sizeof(Partial)));
@@ -163,19 +162,25 @@ void run(const ExitHeadArgs& a) {
                       ? static_cast<float*>(workspace(Workspace::head_logits, size_t(most * a.v) * sizeof(float)))
                       : nullptr;
   for (int64_t first = 0; first < a.n; first += kMaxPackedRows) {
-    const int64_t m = a.n - first < kMaxPackedRows ? a.n - first : kMaxPackedRows;
-    for (int64_t row = 0; row < m; ++row) {
+    rows.m = a.n - first < kMaxPackedRows ? a.n - first : kMaxPackedRows;
+    for (int64_t row = 0; row < rows.m; ++row) {
       const T* x = static_cast<const T*>(a.hidden) + (first + row) * a.hidden_stride;
       rms_norm_row(x, static_cast<const T*>(a.norm_weight), a.eps, normed, a.c);
-      pack_row(normed, a.c, packed + row * stride);
+      rows.pack(row, normed);
     }
-    const Pass<T> pass{a, first, m, partials, memory};
-    const Product<T> product{static_cast<const T*>(a.lm_head), a.lm_head_stride, packed, stride, m, a.c};
-    auto chunk = [&](int64_t index) { pass.chunk(index, product); };
+    const Pass<T> pass{a, first, rows.m, partials, memory};
+    auto chunk = [&](int64_t index) { pass.chunk(index, rows); };
     parallel_for(a.num_threads, chunks, chunk);
     auto merge = [&](int64_t row) { pass.merge(row, chunks); };
-    parallel_for(a.num_threads, m, merge);
+    parallel_for(a.num_threads, rows.m, merge);
   }
+}
+
+template <class T>
+void run(const ExitHeadArgs& a) {
+  const int64_t most = a.n < kMaxPackedRows ? a.n : kMaxPackedRows;
+  if (a.quantization.bits) return run_passes<T>(a, QuantizedRows(most, a.c, a.quantization.bits));
+  run_passes<T>(a, DenseRows<T>(most, a.c));
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "common/dtypes.h"
+#include "cpu/quantization.h"
 
 namespace lk {
 
@@ -34,7 +35,7 @@ struct ExitHeadArgs {
   int64_t hidden_stride;
   const void* norm_weight;  // [c]
   float eps;
-  const void* lm_head;  // [v, c]
+  const void* lm_head;  // [v, c]; see `quantization`
   int64_t lm_head_stride;
   const void* bias;  // [v] or null
   float logit_scale;
@@ -48,6 +49,7 @@ struct ExitHeadArgs {
   int64_t n, c, v;
   DType dtype;  // of hidden, norm_weight, lm_head, bias
   int num_threads;
+  Quantization quantization = {};  // of lm_head
 };
 
 }  // namespace lk

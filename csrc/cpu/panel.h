@@ -2,6 +2,8 @@
 #pragma once
 
 #include "cpu/dot.h"
+#include "cpu/quantization.h"
+#include "cpu/workspace.h"
 
 namespace lk::LK_VARIANT {
 
@@ -75,5 +77,24 @@ LK_INLINE void panel(const Product<T>& p, int64_t begin, int64_t end, int64_t li
     case 4: return panel_of<T, 4>(p, begin, end, limit, out);
   }
 }
+
+// Packed x rows, for weights stored in their dtype.
+template <class T>
+struct DenseRows {
+  typename Dot<T>::X* data;
+  int64_t stride, m, c;
+
+  DenseRows(int64_t rows, int64_t columns) : stride(packed_size<T>(columns)), m(rows), c(columns) {
+    data = static_cast<typename Dot<T>::X*>(workspace(Workspace::linear_x, size_t(rows * stride) * sizeof(*data)));
+  }
+  void pack(int64_t row, const T* x) { pack_row(x, c, data + row * stride); }
+
+  // Dot products of every x row and the weight rows [begin, end). Rows up to w.n are likely to be this thread's next.
+  void panel(const Matrix& w, int64_t begin, int64_t end, Totals out) const {
+    const Product<T> product{static_cast<const T*>(w.data), w.stride, data, stride, m, c};
+    lk::LK_VARIANT::panel(product, begin, end, w.n, out);
+  }
+  int64_t bytes_of_row() const { return (c + 1) * int64_t(sizeof(T)); }
+};
 
 }  // namespace lk::LK_VARIANT

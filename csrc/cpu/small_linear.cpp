@@ -1,5 +1,5 @@
 #include "cpu/ops.h"
-#include "cpu/panel.h"
+#include "cpu/quantized_panel.h"
 #include "cpu/rms_norm_row.h"
 #include "cpu/thread_pool.h"
 #include "cpu/workspace.h"
@@ -10,25 +10,23 @@ namespace {
 constexpr int64_t kLeastBytesPerTask = 16 << 10, kMostBytesPerTask = 384 << 10;
 constexpr int64_t kTasksPerThread = 8;  // when there is enough to do: so that nobody waits long for the last one
 
-// What the tasks of one pass share: packed rows [0, m) are rows [first, first + m) of the call.
-template <class T>
+// What the tasks of one pass share: packed rows [0, x.m) are rows [first, first + x.m) of the call.
+template <class Rows>
 struct Pass {
   const SmallLinearArgs& args;
-  const typename Dot<T>::X* x;
-  int64_t x_stride;
-  int64_t first, m;
+  const Rows& x;
+  int64_t first;
 };
 
 // Bias, rounding and residual of `count` outputs of one row, from `n` on.
 template <class T>
-LK_INLINE void finish(const Pass<T>& pass, const LinearWeight& weight, int64_t row, int64_t n, int64_t count,
+LK_INLINE void finish(const SmallLinearArgs& a, const LinearWeight& weight, int64_t m, int64_t n, int64_t count,
                       const float* totals) {
-  const int64_t m = pass.first + row;
   const T* bias = static_cast<const T*>(weight.bias);
-  const T* residual = static_cast<const T*>(pass.args.residual);
+  const T* residual = static_cast<const T*>(a.residual);
   T* out = static_cast<T*>(weight.out) + m * weight.out_stride + n;
   if (bias) bias += n;
-  if (residual) residual += m * pass.args.residual_stride + n;
+  if (residual) residual += m * a.residual_stride + n;
   for (int64_t i = 0; i < count; i += kWidth) {
     const int64_t left = count - i;
     const bool whole = left >= kWidth;
@@ -43,10 +41,10 @@ LK_INLINE void finish(const Pass<T>& pass, const LinearWeight& weight, int64_t r
   }
 }
 
-template <class T>
-void run_pass(const Pass<T>& pass) {
+template <class T, class Rows>
+void run_pass(const Pass<Rows>& pass) {
   const SmallLinearArgs& a = pass.args;
-  const int64_t row_bytes = (a.c + 1) * int64_t(sizeof(T));
+  const int64_t row_bytes = pass.x.bytes_of_row();
   int64_t rows = 0;
   for (int64_t i = 0; i < a.num_weights; ++i) rows += a.weights[i].n;
   int64_t bytes = rows * row_bytes / (kTasksPerThread * a.num_threads);
@@ -62,36 +60,39 @@ void run_pass(const Pass<T>& pass) {
     for (int64_t count; index >= (count = (weight->n + rows_per_task - 1) / rows_per_task); ++weight) index -= count;
     const int64_t begin = index * rows_per_task;
     const int64_t end = begin + rows_per_task < weight->n ? begin + rows_per_task : weight->n;
-    const Product<T> product{static_cast<const T*>(weight->data), weight->stride, pass.x, pass.x_stride, pass.m, a.c};
+    const Matrix matrix{weight->data, weight->stride, weight->n, weight->quantization};
     alignas(64) float totals[kMaxPackedRows][kTileRows];
     for (int64_t n = begin; n < end; n += kTileRows) {
       const int64_t count = end - n < kTileRows ? end - n : kTileRows;
-      panel(product, n, n + count, weight->n, Totals{totals[0], kTileRows});
-      for (int64_t row = 0; row < pass.m; ++row) finish(pass, *weight, row, n, count, totals[row]);
+      pass.x.panel(matrix, n, n + count, Totals{totals[0], kTileRows});
+      for (int64_t row = 0; row < pass.x.m; ++row) finish<T>(a, *weight, pass.first + row, n, count, totals[row]);
     }
   };
   parallel_for(a.num_threads, tasks, task);
 }
 
-template <class T>
-void run(const SmallLinearArgs& a) {
-  using X = typename Dot<T>::X;
-  const int64_t stride = packed_size<T>(a.c);
-  const int64_t most = a.m < kMaxPackedRows ? a.m : kMaxPackedRows;
-  X* packed = static_cast<X*>(workspace(Workspace::linear_x, size_t(most * stride) * sizeof(X)));
+template <class T, class Rows>
+void run_passes(const SmallLinearArgs& a, Rows rows) {
   T* normed = a.norm_weight ? static_cast<T*>(workspace(Workspace::linear_norm, size_t(a.c) * sizeof(T))) : nullptr;
   for (int64_t first = 0; first < a.m; first += kMaxPackedRows) {
-    const int64_t m = a.m - first < kMaxPackedRows ? a.m - first : kMaxPackedRows;
-    for (int64_t row = 0; row < m; ++row) {
+    rows.m = a.m - first < kMaxPackedRows ? a.m - first : kMaxPackedRows;
+    for (int64_t row = 0; row < rows.m; ++row) {
       const T* x = static_cast<const T*>(a.x) + (first + row) * a.x_stride;
       if (normed) {
         rms_norm_row(x, static_cast<const T*>(a.norm_weight), a.norm_eps, normed, a.c);
         x = normed;
       }
-      pack_row(x, a.c, packed + row * stride);
+      rows.pack(row, x);
     }
-    run_pass(Pass<T>{a, packed, stride, first, m});
+    run_pass<T>(Pass<Rows>{a, rows, first});
   }
+}
+
+template <class T>
+void run(const SmallLinearArgs& a) {
+  const int64_t most = a.m < kMaxPackedRows ? a.m : kMaxPackedRows;
+  if (a.weights->quantization.bits) return run_passes<T>(a, QuantizedRows(most, a.c, a.weights->quantization.bits));
+  run_passes<T>(a, DenseRows<T>(most, a.c));
 }
 
 }  // namespace

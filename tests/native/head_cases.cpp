@@ -28,25 +28,31 @@ void head(int num_threads) {
       position[i] = random.bits();
       stream[i] = -i;
     }
-    // Greedy; plain draws; filters, with and without logits_out.
-    for (int how = 0; how < 4; ++how) {
+    // Greedy; plain draws; filters, with and without logits_out; all that with a head in 8 or 4 bits.
+    const int64_t even = c / 2 * 2;
+    const Quantized heads[] = {{v, even, 8, 64, true, 6}, {v, even, 4, 64, false, 7}};
+    for (int how = 0; how < 8; ++how) {
+      const Quantized* q = how < 4 ? nullptr : &heads[how % 2];
+      if (q && !even) continue;
+      const void* lm_head = q ? static_cast<const void*>(q->values.data.get()) : w.data.get();
       auto run = [&](int64_t first, int64_t count, Result& out, float* logits_out, int threads) {
         lk::SamplingArgs s{};
-        if (how > 0) s = {temperature + first, seed + first, position + first, stream + first, nullptr, nullptr, nullptr};
-        if (how > 1) s.top_k = top_k + first, s.top_p = top_p + first, s.min_p = min_p + first;
-        lk::exit_head({hidden + first * stride, stride, norm, 1e-5f, w, stride, how % 2 ? nullptr : bias.data.get(), 0.5f,
-                       how == 1 ? 30.f : 0.f, s, logits_out, v, out.token, out.logprob, out.confidence, count, c, v,
-                       dtype_of<T>, threads});
+        if (how % 4 > 0) s = {temperature + first, seed + first, position + first, stream + first, nullptr, nullptr, nullptr};
+        if (how % 4 > 1) s.top_k = top_k + first, s.top_p = top_p + first, s.min_p = min_p + first;
+        lk::exit_head({hidden + first * stride, stride, norm, 1e-5f, lm_head, q ? q->stride : stride,
+                       how % 2 ? nullptr : bias.data.get(), 0.5f, how == 1 ? 30.f : 0.f, s, logits_out, v, out.token,
+                       out.logprob, out.confidence, count, q ? even : c, v, dtype_of<T>, threads,
+                       q ? q->format : lk::Quantization{}});
       };
       Result all(n);
-      run(0, n, all, how == 3 ? logits.data.get() : nullptr, num_threads);
+      run(0, n, all, how % 4 == 3 ? logits.data.get() : nullptr, num_threads);
       for (int64_t row = 0; row < n; ++row) {
         Result one(1);
         Buffer<float> own(v);
-        run(row, 1, one, how == 3 ? own.data.get() : nullptr, 1);
+        run(row, 1, one, how % 4 == 3 ? own.data.get() : nullptr, 1);
         expect(one.token[0] == all.token[row] && same<float>(one.logprob, all.logprob + row, 1) &&
                    same<float>(one.confidence, all.confidence + row, 1) &&
-                   (how != 3 || same<float>(own, logits + row * v, v)),
+                   (how % 4 != 3 || same<float>(own, logits + row * v, v)),
                "exit_head row", int(dtype_of<T>), n, v, how);
         expect(one.token[0] >= 0 && one.token[0] < v, "exit_head token", int(dtype_of<T>), n, v, how);
       }

@@ -135,7 +135,7 @@ void attention(int num_threads) {
 }
 
 template <class T>
-void stack(int num_threads) {
+void stack(int num_threads, int64_t bits) {
   const int64_t layers = 2, b = 2, t = 3, c = 40, h = 4, g = 2, d = 16, mlp = 70, gap = c + 3;
   const Cache cache{b, g, 12, d};
   const auto norm = random_buffer<T>(c, 1, 0.2f, 1), head_norm = random_buffer<T>(d, 2, 0.2f, 1);
@@ -143,8 +143,14 @@ void stack(int num_threads) {
   const auto up = random_buffer<T>(mlp * c, 5, 0.3f), bias = random_buffer<T>(mlp, 6);
   const auto before = random_buffer<T>(b * t * gap, 7);
   const auto frequencies = random_buffer<float>(d / 2, 8);
-  const lk::StackLinear q{wide, c, h * d, bias}, kv{narrow, c, g * d, nullptr}, o{wide, h * d, c, nullptr};
-  const lk::StackLinear gate{up, c, mlp, bias}, down{up, mlp, c, nullptr};
+  lk::StackLinear q{wide, c, h * d, bias}, kv{narrow, c, g * d, nullptr}, o{wide, h * d, c, nullptr};
+  lk::StackLinear gate{up, c, mlp, bias}, down{up, mlp, c, nullptr};
+  const int64_t b8 = bits ? bits : 8;
+  const Quantized weights[] = {{h * d, c, b8, 64, false, 11}, {g * d, c, b8, 64, true, 12}, {c, h * d, b8, 128, false, 13},
+                               {mlp, c, b8, 64, false, 14}, {c, mlp, b8, 64, true, 15}};
+  lk::StackLinear* linears[] = {&q, &kv, &o, &gate, &down};
+  for (int i = 0; bits && i < 5; ++i)
+    *linears[i] = {weights[i].values, weights[i].stride, linears[i]->n, linears[i]->bias, weights[i].format};
   const lk::StackLayer list[] = {{norm, q, kv, kv, o, norm, gate, gate, down, head_norm, head_norm, 0, 1},
                                  {norm, q, kv, kv, o, norm, gate, gate, down, nullptr, nullptr, 2, 0}};
   Buffer<T> hidden(before), one(c), k(layers * cache.size()), v(layers * cache.size());
@@ -177,4 +183,10 @@ void check_swiglu(int num_threads) { FOR_EVERY_DTYPE(activation, num_threads); }
 void check_rope_append(int num_threads) { FOR_EVERY_DTYPE(rope, num_threads); }
 void check_kv_rollback(int num_threads) { FOR_EVERY_DTYPE(rollback, num_threads); }
 void check_verify_attention(int num_threads) { FOR_EVERY_DTYPE(attention, num_threads); }
-void check_decoder_stack(int num_threads) { FOR_EVERY_DTYPE(stack, num_threads); }
+void check_decoder_stack(int num_threads) {
+  for (int64_t bits : {0, 8, 4}) {
+    stack<float>(num_threads, bits);
+    stack<lk::f16>(num_threads, bits);
+    stack<lk::bf16>(num_threads, bits);
+  }
+}

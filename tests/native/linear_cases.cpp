@@ -48,7 +48,53 @@ void linear(int num_threads) {
   }
 }
 
+template <class T>
+void quantized_linear(int num_threads) {
+  const int64_t shapes[][3] = {{1, 1, 2}, {7, 33, 84}, {5, 70, 1090}, {66, 25, 40}, {3, 130, 192}};
+  for (const auto& [m, n, c] : shapes)
+    for (int64_t bits : {8, 4}) {
+      const int64_t stride = c + 1;
+      const auto x = random_buffer<T>(span(m, stride, c), 4), bias = random_buffer<T>(n, 7), norm = random_buffer<T>(c, 8);
+      const Quantized w(n, c, bits, 64, false, 5), second(3, c, bits, 128, true, 9);
+      Buffer<T> y(m * n), z(m * 3);
+      const lk::LinearWeight weights[] = {{w.values, w.stride, n, bias, y, n, w.format},
+                                          {second.values, second.stride, 3, nullptr, z, 3, second.format}};
+      lk::small_linear({x, stride, m, c, weights, 2, norm, 1e-5f, nullptr, 0, dtype_of<T>, num_threads});
+      for (int64_t row = 0; row < m; ++row) {
+        Buffer<T> one(n), two(3);
+        const lk::LinearWeight alone[] = {{w.values, w.stride, n, bias, one, n, w.format},
+                                          {second.values, second.stride, 3, nullptr, two, 3, second.format}};
+        lk::small_linear({x + row * stride, c, 1, c, alone, 2, norm, 1e-5f, nullptr, 0, dtype_of<T>, 1});
+        expect(same<T>(one, y + row * n, n) && same<T>(two, z + row * 3, 3), "quantized small_linear row",
+               int(dtype_of<T>), m, n, bits);
+      }
+      // With every q, scale and x a whole number the product is one too, whatever the variant.
+      Quantized whole(n, c, bits, 64, true, 5);
+      whole.scale.fill(2), whole.offset.fill(3);
+      Buffer<T> ones(c), sums(n);
+      ones.fill(lk::from_float<T>(1));
+      Buffer<float> wide(c), exact(n);
+      wide.fill(1);
+      const lk::LinearWeight rounded = {whole.values, whole.stride, n, nullptr, sums, n, whole.format};
+      const lk::LinearWeight plain = {whole.values, whole.stride, n, nullptr, exact, n, whole.format};
+      lk::small_linear({ones, c, 1, c, &rounded, 1, nullptr, 0, nullptr, 0, dtype_of<T>, num_threads});
+      lk::small_linear({wide, c, 1, c, &plain, 1, nullptr, 0, nullptr, 0, lk::DType::f32, num_threads});
+      for (int64_t i = 0; i < n; ++i) {
+        int64_t sum = 0;
+        for (int64_t j = 0; j < c; ++j) {
+          const uint8_t byte = whole.values[i * whole.stride + j * bits / 8];
+          sum += 2 * (bits == 8 ? int8_t(byte) : (j % 2 ? byte >> 4 : byte & 15) - 8) + 3;
+        }
+        const T expected = lk::from_float<T>(float(sum));
+        expect(exact[i] == float(sum) && same<T>(&expected, sums + i, 1), "quantized sum", int(dtype_of<T>), n, c, bits);
+      }
+    }
+}
+
 }  // namespace
 
 void check_rms_norm(int num_threads) { FOR_EVERY_DTYPE(norm, num_threads); }
-void check_small_linear(int num_threads) { FOR_EVERY_DTYPE(linear, num_threads); }
+void check_small_linear(int num_threads) {
+  FOR_EVERY_DTYPE(linear, num_threads);
+  FOR_EVERY_DTYPE(quantized_linear, num_threads);
+}

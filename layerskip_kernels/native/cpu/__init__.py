@@ -43,6 +43,7 @@ def why_unsupported(op: str, *, device: torch.device, dtype: torch.dtype) -> str
 
 _TOKEN_OPS = ("verify_tokens", "verify_rejection")  # their dtypes are fixed, whatever the model's
 _TORCH_OPS = ("early_exit_cross_entropy",)  # made of torch's matrix products, which know float64
+QUANTIZED_OPS = ("small_linear", "exit_head", "decoder_stack")
 OPS = {}
 if cpu_library()[0] is not None:
     from layerskip_kernels.native.cpu.decoder_stack import decoder_stack

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels.native import _cpu
+from layerskip_kernels.native.cpu.quantized import quantization, stored
 from layerskip_kernels.native.tensor import address, dtype_code
-from layerskip_kernels.ops.decoder_stack import DecoderLayers
-
-_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+from layerskip_kernels.ops.decoder_stack import LINEARS, DecoderLayers
 
 
 def decoder_stack(
@@ -58,6 +57,9 @@ def decoder_stack(
     )
 
 
+_NOT_QUANTIZED = (0,) * 6
+
+
 def _pack(layers: DecoderLayers) -> tuple[int, array, list[Tensor]]:
     """Address of the layers as the library's StackLayer[], the array it lies in, and what keeps the weights' memory."""
     table, alive = array("q"), []
@@ -70,13 +72,17 @@ def _pack(layers: DecoderLayers) -> tuple[int, array, list[Tensor]]:
 
     for layer in layers:
         linear = {}
-        for name in _LINEARS:
+        for name in LINEARS:
             weight = getattr(layer, name)
+            if not isinstance(weight, Tensor):
+                alive.extend((weight.scale, weight.offset))
+            elements = stored(weight)
             linear[name] = (
-                pointer(name, weight),
-                weight.stride(0),
-                weight.shape[0],
+                pointer(name, elements),
+                elements.stride(0),
+                elements.shape[0],
                 pointer(f"{name}_bias", getattr(layer, f"{name}_bias")),
+                *(quantization(weight, name) or _NOT_QUANTIZED),
             )
         table.append(pointer("attn_norm", layer.attn_norm))
         for name in ("q", "k", "v", "o"):

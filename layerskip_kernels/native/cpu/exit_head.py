@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels.native import _cpu
+from layerskip_kernels.native.cpu.quantized import quantization, stored
 from layerskip_kernels.native.tensor import address, dtype_code
 from layerskip_kernels.ops.exit_head import ExitHead, Sampling
+from layerskip_kernels.ops.quantized import QuantizedWeight
 
 
 def exit_head(
     hidden: Tensor,
     norm_weight: Tensor,
-    lm_head: Tensor,
+    lm_head: Tensor | QuantizedWeight,
     *,
     eps: float,
     bias: Tensor | None = None,
@@ -23,6 +25,7 @@ def exit_head(
 ) -> ExitHead:
     """See layerskip_kernels.ops.exit_head."""
     n, c = hidden.shape
+    elements = stored(lm_head)
     if out is None:
         out = ExitHead(
             torch.empty(n, dtype=torch.int64),
@@ -37,8 +40,8 @@ def exit_head(
         hidden.stride(0),
         address(norm_weight, "norm_weight", "cpu"),
         eps,
-        address(lm_head, "lm_head", "cpu"),
-        lm_head.stride(0),
+        address(elements, "lm_head", "cpu"),
+        elements.stride(0),
         0 if bias is None else address(bias, "bias", "cpu"),
         logit_scale,
         softcap or 0.0,
@@ -50,8 +53,9 @@ def exit_head(
         address(out.confidence, "out.confidence", "cpu"),
         n,
         c,
-        lm_head.shape[0],
+        elements.shape[0],
         dtype_code(hidden, "hidden"),
         torch.get_num_threads(),
+        quantization(lm_head, "lm_head"),
     )
     return out

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels.native import _cpu
+from layerskip_kernels.native.cpu.quantized import quantization, stored
 from layerskip_kernels.native.tensor import address, dtype_code
+from layerskip_kernels.ops.quantized import QuantizedWeight
 
 
 def small_linear(
     x: Tensor,
-    weights: Tensor | Sequence[Tensor],
+    weights: Tensor | QuantizedWeight | Sequence[Tensor | QuantizedWeight],
     *,
     bias: Tensor | Sequence[Tensor | None] | None = None,
     norm: tuple[Tensor, float] | None = None,
@@ -20,15 +22,16 @@ def small_linear(
 ) -> Tensor | list[Tensor]:
     """See layerskip_kernels.ops.small_linear."""
     m, c = x.shape
-    if isinstance(weights, Tensor):
+    if isinstance(weights, (Tensor, QuantizedWeight)):
         result = x.new_empty(m, weights.shape[0]) if out is None else out
-        fields = _fields(weights, bias, result)
+        fields, formats = _fields(weights, bias, result), quantization(weights, "weights")
     else:
         if out is None:
             out = [x.new_empty(m, weight.shape[0]) for weight in weights]
-        result, fields = list(out), ()
+        result, fields, formats = list(out), (), ()
         for i, weight in enumerate(weights):
             fields += _fields(weight, None if bias is None else bias[i], result[i])
+            formats += quantization(weight, "weights")
     _cpu.small_linear(
         address(x, "x", "cpu"),
         x.stride(0),
@@ -41,15 +44,17 @@ def small_linear(
         0 if residual is None else residual.stride(0),
         dtype_code(x, "x"),
         torch.get_num_threads(),
+        formats,
     )
     return result
 
 
-def _fields(weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[int, ...]:
+def _fields(weight: Tensor | QuantizedWeight, bias: Tensor | None, out: Tensor) -> tuple[int, ...]:
+    elements = stored(weight)
     return (
-        address(weight, "weights", "cpu"),
-        weight.stride(0),
-        weight.shape[0],
+        address(elements, "weights", "cpu"),
+        elements.stride(0),
+        elements.shape[0],
         0 if bias is None else address(bias, "bias", "cpu"),
         address(out, "out", "cpu"),
         out.stride(0),

@@ -93,6 +93,10 @@ template <int kRounding>
 EMULATED __m512 round(__m512 x) {
   return join<__m512>(_mm256_round_ps(half<__m256>(x, 0), kRounding), _mm256_round_ps(half<__m256>(x, 1), kRounding));
 }
+EMULATED __m512i multiply_pairs(__m512i a, __m512i b) {
+  return join<__m512i>(_mm256_madd_epi16(half<__m256i>(a, 0), half<__m256i>(b, 0)),
+                       _mm256_madd_epi16(half<__m256i>(a, 1), half<__m256i>(b, 1)));
+}
 EMULATED __m512i to_int(__m512 x) {
   return join<__m512i>(_mm256_cvtps_epi32(half<__m256>(x, 0)), _mm256_cvtps_epi32(half<__m256>(x, 1)));
 }
@@ -137,6 +141,7 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #undef _mm512_extractf32x8_ps
 #undef _mm512_roundscale_ps
 #undef _mm512_cvtps_ph
+#undef _mm512_inserti64x4
 #define _mm512_setzero_ps() (__m512{})
 #define _mm512_set1_ps(x) emulated::set1(float(x))
 #define _mm512_set1_epi32(x) ((__m512i)emulated::set1(int(x)))
@@ -155,6 +160,9 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_cmp_ps_mask(a, b, predicate) emulated::compare<predicate>(a, b)
 #define _mm512_mask_mov_ps(a, mask, b) emulated::blend<__m512>(a, mask, b)
 #define _mm512_mask_mov_epi32(a, mask, b) emulated::blend<__m512i>(a, mask, b)
+#define _mm512_castsi256_si512(x) emulated::join<__m512i>(x, x)
+#define _mm512_inserti64x4(a, b, which) emulated::join<__m512i>(emulated::half<__m256i>(a, 0), b)  // which: 1
+#define _mm512_madd_epi16(a, b) emulated::multiply_pairs(a, b)
 #define _mm512_and_si512(a, b) ((__m512i)((a) & (b)))
 #define _mm512_add_epi32(a, b) ((__m512i)((emulated::U32)(a) + (emulated::U32)(b)))
 #define _mm512_sub_epi32(a, b) ((__m512i)((emulated::U32)(a) - (emulated::U32)(b)))

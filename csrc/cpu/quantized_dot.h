@@ -1,0 +1,95 @@
+// How one block of 64 columns of a quantized weight row is multiplied with packed x rows.
+//
+// Both are 16-bit integers there; their products are summed exactly, in int32: x is at most 2^15 and a weight 2^7 in
+// magnitude, a vector lane sums at most 16 products, so 2^26. x lies in the order in which shifts and masks alone, no
+// permutation, take the weights apart.
+#pragma once
+
+#include "cpu/dot.h"
+
+namespace lk::LK_VARIANT {
+
+constexpr int64_t kBlock = 64;
+constexpr int kWords = 2 * kWidth;            // 16-bit lanes of a vector
+constexpr int kVectors = int(kBlock) / kWords;  // of a block
+
+typedef int16_t Words __attribute__((vector_size(kWords * sizeof(int16_t))));
+typedef uint16_t Unsigned __attribute__((vector_size(kWords * sizeof(int16_t))));
+typedef int32_t Ints __attribute__((vector_size(kWidth * sizeof(int32_t))));
+
+template <class V>
+LK_INLINE V load_vector(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+// Bytes of a block, and unpack() into 16-bit lanes. These come in runs of kRun columns kStep apart: the first run from
+// column 0 on, the next from 1 on, and after kStep of them from column kRun * kStep on.
+template <int kBits>
+struct Stored;
+
+template <>
+struct Stored<8> {
+  static constexpr int64_t kBytes = 64;
+  LK_MEMBER void unpack(const uint8_t* p, Words (&w)[kVectors]) {
+    LK_UNROLL for (int i = 0; i < kVectors; i += 2) {
+      const Unsigned pairs = load_vector<Unsigned>(p + i * kWords);
+      w[i] = Words(pairs << 8) >> 8;
+      w[i + 1] = Words(pairs) >> 8;
+    }
+  }
+  static constexpr int64_t kRun = kWords, kStep = 2;
+};
+
+template <>
+struct Stored<4> {
+  static constexpr int64_t kBytes = 32;
+  // q + 8.
+  LK_MEMBER void unpack(const uint8_t* p, Words (&w)[kVectors]) {
+#if defined(LK_VARIANT_AVX512)
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const Unsigned v = Unsigned(_mm512_inserti64x4(_mm512_castsi256_si512(half), _mm256_srli_epi16(half, 4), 1));
+    w[0] = Words(v & 15);
+    w[1] = Words(v >> 8 & 15);
+#else
+    const Unsigned v = load_vector<Unsigned>(p);
+    w[0] = Words(v & 15);
+    w[1] = Words(v >> 4 & 15);
+    w[2] = Words(v >> 8 & 15);
+    w[3] = Words(v >> 12);
+#endif
+  }
+  static constexpr int64_t kRun = 16, kStep = 4;
+};
+
+// Products of 16-bit lanes, those of a pair added.
+LK_INLINE Ints multiply_pairs(Words a, Words b) {
+#if defined(LK_VARIANT_AVX512)
+  return Ints(_mm512_madd_epi16(__m512i(a), __m512i(b)));
+#elif defined(LK_VARIANT_AVX2)
+  return Ints(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+#else
+  const Ints x = Ints(a), y = Ints(b);
+  const auto low = [](Ints v) { return Ints(v << 16) >> 16; };
+  return low(x) * low(y) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// sums[j][i] + factors[j][i][0] * (dot product of the block of weight row j and that of packed row i).
+template <int kBits, int kRows, int kCols>
+LK_INLINE void add_block(vf (&sums)[kRows][kCols], const uint8_t* w, int64_t w_stride, const int16_t* x,
+                         const float (*factors)[kCols][kWidth]) {
+  LK_UNROLL for (int j = 0; j < kRows; ++j) {
+    Words weights[kVectors];
+    Stored<kBits>::unpack(w + j * w_stride, weights);
+    LK_UNROLL for (int i = 0; i < kCols; ++i) {
+      Ints dots = multiply_pairs(weights[0], load_vector<Words>(x + i * kBlock));
+      LK_UNROLL for (int k = 1; k < kVectors; ++k)
+        dots += multiply_pairs(weights[k], load_vector<Words>(x + i * kBlock + k * kWords));
+      sums[j][i] = accumulate(sums[j][i], __builtin_convertvector(dots, vf), set1(factors[j][i][0]));
+    }
+  }
+}
+
+}  // namespace lk::LK_VARIANT
