@@ -37,7 +37,10 @@ def _ours(weights: str, **load: Any) -> tuple[Row, Row]:
 
 ROWS = (
     *_ours("bfloat16"),
-    Row(OURS, "bfloat16", "self_speculative", {"draft_head": "int8"}, same_as="ours bfloat16 autoregressive"),
+    *(
+        Row(OURS, "bfloat16", "self_speculative", {"draft_head": head}, same_as="ours bfloat16 autoregressive")
+        for head in ("shared", "int8", "int4")
+    ),
     *_ours("int8", quantization="int8"),
     *_ours("int4", quantization="int4"),
     Row(TRANSFORMERS, "float32", "eager"),
@@ -56,12 +59,18 @@ BASE = "ours bfloat16 autoregressive"  # whose speed they are
 
 
 def chosen(names: Sequence[str] | None) -> list[Row]:
-    """The rows whose name starts with one of `names`; None: all. Raises ValueError for a name that starts none."""
-    for name in names or ():
-        if not any(row.name.startswith(name) for row in ROWS):
+    """The rows of these names, or whose names start so; None: all. Raises ValueError for a name that starts none."""
+    if names is None:
+        return list(ROWS)
+    wanted = set()
+    for name in names:
+        exact = {row for row in ROWS if row.name == name}
+        found = exact or {row for row in ROWS if row.name.startswith(name)}
+        if not found:
             peers = ", ".join(dict.fromkeys(row.peer for row in ROWS))
             raise ValueError(f"--rows {name!r} begins no row's name, choose from {peers}, or longer: {ROWS[0].name!r}")
-    return [row for row in ROWS if not names or any(row.name.startswith(name) for name in names)]
+        wanted |= found
+    return [row for row in ROWS if row in wanted]
 
 
 def steady(before: float, after: float, limit: float) -> bool:

@@ -110,9 +110,9 @@ class Ours:
             max_batch_size=1,
             **load,
         )
-        weights_, config = self.decoder.model.weights, self.decoder.config
-        whole = tensor_bytes(weights_)
-        self.loaded = {"bytes_per_token": whole - (0 if config.tie_word_embeddings else weights_.embedding.nbytes)}
+        held = self.decoder.model.weights
+        looked_up = 0 if held.lm_head is held.embedding else held.embedding.nbytes
+        self.loaded = {"bytes_per_token": tensor_bytes(held) - looked_up, "draft_head": self.decoder.draft_head}
 
     def decode(self, method: str) -> dict[str, Any]:
         result = self.decoder.generate(

@@ -75,6 +75,14 @@ def test_names_of_rows_differ_and_speculation_names_its_plain_row():
     assert {peer_rows.BASE, peer_rows.EXACT} <= set(names)
 
 
+def test_rows_are_chosen_by_name_or_by_how_it_starts():
+    names = [row.name for row in peer_rows.chosen(["llama.cpp", peer_rows.BASE])]
+    assert names == [peer_rows.BASE, "llama.cpp BF16 plain", "llama.cpp Q8_0 plain", "llama.cpp Q4_0 plain"]
+    assert [row.name for row in peer_rows.chosen(["ours bfloat16 self_speculative"])] == [
+        "ours bfloat16 self_speculative"
+    ]
+
+
 def test_unknown_rows_are_refused(capsys):
     with pytest.raises(SystemExit) as error:
         cpu_peers.arguments_of(["--rows", "ours", "lama.cpp"])
@@ -137,5 +145,6 @@ def test_a_run_writes_settings_figures_and_every_turn(tmp_path):
     assert (result["settings"]["exit_layer"], result["settings"]["model"]) == (1, "tiny")
     plain, speculative, *_ = result["rows"]
     assert plain["tokens_per_second"] > 0
+    assert plain["bytes_per_token"] == sum(p.nbytes for p in tiny_model("smollm2", torch.bfloat16).parameters())
     assert (speculative["row"], speculative["same_as_plain"]) == ("ours bfloat16 self_speculative", 16)
     assert {t["row"] for t in result["turns"]} == {row["row"] for row in result["rows"]}
