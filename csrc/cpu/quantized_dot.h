@@ -1,8 +1,8 @@
 // How one block of 64 columns of a quantized weight row is multiplied with packed x rows.
 //
 // Both are 16-bit integers there; their products are summed exactly, in int32: x is at most 2^15 and a weight 2^7 in
-// magnitude, a vector lane sums at most 16 products, so 2^26. x lies in the order in which shifts and masks alone, no
-// permutation, take the weights apart.
+// magnitude, a vector lane sums at most 8 products, so 2^25. x lies in the order in which the weights come apart: 8 bits
+// widen while they are loaded, 4 bits take shifts and masks, and no permutation.
 #pragma once
 
 #include "cpu/dot.h"
@@ -15,6 +15,7 @@ constexpr int kVectors = int(kBlock) / kWords;  // of a block
 
 typedef int16_t Words __attribute__((vector_size(kWords * sizeof(int16_t))));
 typedef uint16_t Unsigned __attribute__((vector_size(kWords * sizeof(int16_t))));
+typedef int8_t Bytes __attribute__((vector_size(kWords)));
 typedef int32_t Ints __attribute__((vector_size(kWidth * sizeof(int32_t))));
 
 template <class V>
@@ -22,6 +23,17 @@ LK_INLINE V load_vector(const void* p) {
   V v;
   memcpy(&v, p, sizeof(V));
   return v;
+}
+
+// kWords bytes as signed numbers. GCC 12 widens them in halves if left to itself.
+LK_INLINE Words widened(const uint8_t* p) {
+#if defined(LK_VARIANT_AVX512)
+  return Words(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(LK_VARIANT_AVX2)
+  return Words(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(load_vector<Bytes>(p), Words);
+#endif
 }
 
 // Bytes of a block, and unpack() into 16-bit lanes. These come in runs of kRun columns kStep apart: the first run from
@@ -33,13 +45,10 @@ template <>
 struct Stored<8> {
   static constexpr int64_t kBytes = 64;
   LK_MEMBER void unpack(const uint8_t* p, Words (&w)[kVectors]) {
-    LK_UNROLL for (int i = 0; i < kVectors; i += 2) {
-      const Unsigned pairs = load_vector<Unsigned>(p + i * kWords);
-      w[i] = Words(pairs << 8) >> 8;
-      w[i + 1] = Words(pairs) >> 8;
-    }
+    LK_UNROLL for (int i = 0; i < kVectors; ++i)
+      w[i] = widened(p + i * kWords);
   }
-  static constexpr int64_t kRun = kWords, kStep = 2;
+  static constexpr int64_t kRun = kBlock, kStep = 1;
 };
 
 template <>

@@ -89,6 +89,9 @@ EMULATED __m256i low_halves(__m512i x) {
 EMULATED __m512i widen_u16(__m256i x) {
   return join<__m512i>(_mm256_cvtepu16_epi32(half<__m128i>(x, 0)), _mm256_cvtepu16_epi32(half<__m128i>(x, 1)));
 }
+EMULATED __m512i widen_i8(__m256i x) {
+  return join<__m512i>(_mm256_cvtepi8_epi16(half<__m128i>(x, 0)), _mm256_cvtepi8_epi16(half<__m128i>(x, 1)));
+}
 template <int kRounding>
 EMULATED __m512 round(__m512 x) {
   return join<__m512>(_mm256_round_ps(half<__m256>(x, 0), kRounding), _mm256_round_ps(half<__m256>(x, 1), kRounding));
@@ -172,6 +175,7 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_cvtps_epi32(x) emulated::to_int(x)
 #define _mm512_cvtepi32_ps(x) emulated::from_int(x)
 #define _mm512_cvtepu16_epi32(x) emulated::widen_u16(x)
+#define _mm512_cvtepi8_epi16(x) emulated::widen_i8(x)
 #define _mm512_cvtepi32_epi16(x) emulated::low_halves(x)
 #define _mm512_cvtph_ps(x) emulated::from_half(x)
 #define _mm512_cvtps_ph(x, how) emulated::to_half<how>(x)
