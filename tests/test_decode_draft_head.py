@@ -140,7 +140,7 @@ def test_a_head_in_8_bits_may_draft_in_4(model, monkeypatch):
     assert decoder.model.draft_weight.shape == (262, 64)
     plain = decoder.generate(PROMPTS, max_new_tokens=NEW, generation_strategy="autoregressive")
     assert decoder.generate(PROMPTS, max_new_tokens=NEW).sequences == plain.sequences
-    same = decoder_of(model, "reference", "int8", quantization="int8")
+    same = decoder_of(model, "reference", "int8", quantization="int4")
     assert same.model.draft_weight is same.model.weights.lm_head
 
 

@@ -110,7 +110,7 @@ def model_options(command: Callable | None = None, *, max_batch_size: int = 8, d
             click.option(
                 "--quantization",
                 type=click.Choice(QUANTIZATIONS),
-                help="Quantize linears and LM head while loading. On the CPU only.",
+                help="Quantize linears while loading, the LM head to int8. On the CPU.",
             ),
             click.option(
                 "--max_batch_size", type=click.IntRange(1), default=max_batch_size, help="Prompts decoded together."

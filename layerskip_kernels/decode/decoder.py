@@ -86,9 +86,9 @@ class SelfSpeculativeDecoder:
             backend: "auto", "cuda", "triton", "cpu" or "reference"; an explicit choice raises when it can't run.
             max_batch_size: sequences decoded together; further prompts wait for a free cache slot.
             max_length: prompt plus new tokens of a sequence, at most. None: as many as each call asks for.
-            quantization: "int8" or "int4" (8.5 and 4.5 bits per weight): linears and LM head are quantized while
-                loading. Norms, biases and the embedding table stay as they are. On the CPU only. None: as stored, where
-                torchao's weight-only int8 and int4 stay what they are, too.
+            quantization: "int8" or "int4" (8.5 and 4.5 bits per weight): linears are quantized while loading, the LM
+                head to 8 bits either way. Norms, biases and the embedding table stay as they are. On the CPU only.
+                None: as stored, where torchao's weight-only int8 and int4 stay what they are, too.
             draft_head: the LM head that drafts. "shared": the model's own; "int8", "int4": a quantized copy, made while
                 loading, of 1/2 or 1/4 of the bytes of a bfloat16 one. Verification uses the model's own, so what is
                 said never changes, only how much of a draft is accepted and what it takes. "auto": a copy where it

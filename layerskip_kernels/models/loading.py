@@ -13,7 +13,7 @@ from layerskip_kernels.models import torchao
 from layerskip_kernels.models.checkpoint import Checkpoint, read_json
 from layerskip_kernels.models.config import MODEL_CLASSES, ModelConfig, check_supported, config_dtype, parse_dtype
 from layerskip_kernels.models.hub import checkpoint_folder
-from layerskip_kernels.models.quantization import bits_of, quantized, read_torchao, refuse_twice
+from layerskip_kernels.models.quantization import bits_of, head_bits, quantized, read_torchao, refuse_twice
 from layerskip_kernels.models.tuned import user_choice
 from layerskip_kernels.models.weights import (
     EMBEDDING,
@@ -59,8 +59,9 @@ def load_checkpoint(
         path_or_id: a local folder, or the id of a model on the hub.
         dtype: float32, float16 or bfloat16 (or their names); "auto" is the checkpoint's own.
         device: where the weights go.
-        quantization: "int8" or "int4": linears and head are quantized one by one, in groups of 64 columns, and their
-            originals let go of; norms, biases and the embedding table stay as they are. On the CPU alone.
+        quantization: "int8" or "int4": linears are quantized one by one, in groups of 64 columns, and their originals
+            let go of; the head in 8 bits either way. Norms, biases and the embedding table stay as they are. On the CPU
+            alone.
 
     Raises:
         ValueError: a model, dtype or file format that is not supported, or files that are damaged or do not match.
@@ -94,7 +95,7 @@ def load_checkpoint(
             source = {LM_HEAD: EMBEDDING} if config.tie_word_embeddings else {}
             for name in linear_names(config):
                 stored = source.get(name, name)
-                tensors[name] = quantized(name, read(stored), bits)
+                tensors[name] = quantized(name, read(stored), head_bits(bits) if name == LM_HEAD else bits)
                 checkpoint.map_anew(stored)
         tensors |= {name: read(name) for name in names if name not in tensors}
     config, weights = _arranged(replace(config, dtype=dtype), tensors)
@@ -124,7 +125,7 @@ def from_transformers(model: PreTrainedModel, quantization: str | None = None) -
         refuse_twice(quantization, tensors)
         config = _untie_if_different(config, tensors)
         for name in linear_names(config):
-            tensors[name] = quantized(name, tensors[name], bits)
+            tensors[name] = quantized(name, tensors[name], head_bits(bits) if name == LM_HEAD else bits)
     return LoadedModel(*_arranged(config, tensors))
 
 
