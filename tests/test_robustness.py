@@ -102,8 +102,10 @@ VALID = {
     "rejection_method": {"None"},
     "draft_confidence": {"None", "0", "1"},
     "adaptive_speculations": BOOLS,
+    "profile": BOOLS,
     "max_batch_size": {"1", "2**31", "2**63", "10**400"},
     "max_length": {"None", "2**31", "2**63", "10**400"},
+    "quantization": {"None"},
     "tokenizer": {"None"},
 }
 GENERATE = [name for name in inspect.signature(Decoder.generate).parameters if name in VALID]
