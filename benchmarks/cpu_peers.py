@@ -138,10 +138,9 @@ def warm_up(rows, workers, reasons: dict[str, str], console: Console) -> None:
         console.print(f"{row.name}: {note}")
 
 
-def measure(arguments, workers, reasons: dict[str, str], console: Console) -> tuple[list[dict], dict[str, list[int]]]:
-    """Every turn of every round, and each row's tokens; `reasons` gets those of rows that fail in the warm-up."""
+def measure(arguments, workers, reasons, console: Console, turns: list[dict], tokens: dict[str, list[int]]) -> None:
+    """Fills in every turn of every round, each row's tokens, and the reasons of rows that fail in the warm-up."""
     data = torch.ones(PROBE_FLOATS)
-    turns, tokens = [], {}
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
 
     def rows() -> list[Row]:
@@ -177,7 +176,6 @@ def measure(arguments, workers, reasons: dict[str, str], console: Console) -> tu
                         progress.update(bar, total=arguments.rounds * len(rows()))
                         warm = True
                     longest, ended = max(longest, time.monotonic() - ended), time.monotonic()
-    return turns, tokens
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -197,8 +195,12 @@ def main(argv: list[str] | None = None) -> None:
         arguments.threads,
     )
     workers, reasons = load(arguments, files, task, console)
+    turns: list[dict] = []
+    tokens: dict[str, list[int]] = {}
     try:
-        turns, tokens = measure(arguments, workers, reasons, console)
+        measure(arguments, workers, reasons, console, turns, tokens)
+    except KeyboardInterrupt:
+        console.print(f"interrupted: {len(turns)} turns are kept")
     finally:
         loaded = {key: worker.loaded for key, worker in workers.items()}
         for worker in workers.values():

@@ -11,6 +11,7 @@ import ctypes
 import inspect
 import multiprocessing
 import os
+import signal
 import time
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -68,6 +69,7 @@ class Worker:
 
 def _serve(pipe, peer: str, weights: str, load: dict[str, Any], files: PeerFiles, task: Task) -> None:
     """Loads, then answers every method's name with what decoding took, until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the bench's, which keeps what was measured
     torch.set_num_threads(task.threads)
     try:
         held, answer = _attempt(lambda: PEERS[peer](weights, load, files, task))
