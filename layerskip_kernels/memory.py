@@ -22,7 +22,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
         MemoryError, RuntimeError, TypeError: there is not as much memory.
     """
     size = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < 4 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if torch.device(device).type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from layerskip_kernels import memory
+from layerskip_kernels.ops.quantized import quantize
 
 LARGE = (5, 1 << 20)  # 10 MiB of bfloat16
 
@@ -45,6 +46,12 @@ def test_huge_pages_are_asked_for_and_given_back():
     del view
     gc.collect()
     assert "hg" not in (mapping_flags(address) or [])
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no such advice")
+def test_quantized_weights_ask_too():
+    weight = quantize(torch.randn(2048, 2048), 8)
+    assert "hg" in mapping_flags(weight.values.data_ptr())
 
 
 def test_small_tensors_are_torchs_own():

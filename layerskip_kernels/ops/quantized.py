@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from layerskip_kernels import memory
 from layerskip_kernels.ops import _check
 
 BLOCK = 64  # columns that share an activation scale; a weight's group is a multiple of it
@@ -65,7 +66,7 @@ def quantize(weight: torch.Tensor, bits: int, group: int = BLOCK) -> QuantizedWe
     if bits == 4 and width % 2:
         raise ValueError(f"weight: {width} columns, 4 bits need an even number")
     groups = -(-width // group)
-    values = weight.new_empty(rows, width * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    values = memory.empty((rows, width * bits // 8), torch.int8 if bits == 8 else torch.uint8, weight.device)
     scale = weight.new_empty(rows, groups, dtype=torch.float32)
     for first in range(0, rows, _ROWS_AT_ONCE):
         some = slice(first, min(first + _ROWS_AT_ONCE, rows))
