@@ -328,11 +328,13 @@ class Recorder:
 
 def test_streamers_get_what_transformers_gives_them(llama):
     options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
-    theirs, ours, partial = Recorder(), Recorder(), Recorder()
+    theirs, ours, hooked, partial = Recorder(), Recorder(), Recorder(), Recorder()
     llama.generate(**LINE, streamer=theirs, **options)
     lk.generate(llama, **LINE, streamer=ours, **options, **SPECULATION)
+    llama.generate(**LINE, custom_generate=lk.generate, streamer=hooked, **options, **SPECULATION)
     llama.generate(**LINE, custom_generate=functools.partial(lk.generate, streamer=partial), **options, **SPECULATION)
-    assert ours.puts == partial.puts == theirs.puts and ours.ended == partial.ended == 1
+    assert ours.puts == hooked.puts == partial.puts == theirs.puts
+    assert ours.ended == hooked.ended == partial.ended == 1
     streamer = TextIteratorStreamer(TOKENIZER, skip_prompt=True)
     result = lk.generate(llama, **LINE, streamer=streamer, **options, **SPECULATION)
     assert "".join(streamer) == TOKENIZER.decode(result[0, 7:])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
+import types
 from typing import Any
 
 import torch
@@ -37,9 +40,9 @@ def generate(
     """What `model.generate` does for decoder-only models, by LayerSkip self-speculative decoding.
 
     Call it, `lk.generate(model, **inputs, ...)`, with anything `model.generate` takes, or hand it to transformers:
-    `model.generate(**inputs, custom_generate=lk.generate, exit_layer=4)`. transformers does not pass `streamer` and
-    `tokenizer` on to such a function; call it directly for these, or give `functools.partial(lk.generate,
-    streamer=...)`. The model is never modified.
+    `model.generate(**inputs, custom_generate=lk.generate, exit_layer=4)`. In the latter transformers itself refuses
+    `stop_strings`, as it keeps the `tokenizer` from such a function: call it directly for these. The model is never
+    modified.
 
     Args:
         model: a causal language model of transformers of a supported family.
@@ -69,6 +72,8 @@ def generate(
         streamer=streamer,
     )
     if hasattr(generation_config, "_pad_token_tensor"):  # transformers' `generate` has prepared everything
+        if streamer is None:
+            ours.update(streamer=_callers_streamer(sys._getframe(1)), prompt_is_put=True)
         return _decode(
             model,
             input_ids,
@@ -95,6 +100,17 @@ def generate(
         custom_generate=functools.partial(_decode, **ours),
         **model_kwargs,
     )
+
+
+def _callers_streamer(caller: types.FrameType) -> Any:
+    """The streamer that `model.generate` was called with. It puts the prompt there, but does not hand it on to a custom
+    function, and without a word nothing else would be streamed.
+    """
+    from transformers import GenerationMixin
+
+    if caller.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
+        return None
+    return caller.f_locals.get("streamer")
 
 
 def _with_stop_strings(model, tokenizer, criteria, generation_config, model_kwargs: dict) -> Any:
@@ -127,6 +143,7 @@ def _decode(
     deterministic_prefill: bool = False,
     backend: str = "auto",
     streamer: Any = None,
+    prompt_is_put: bool = False,
     **model_kwargs: Any,
 ) -> Any:
     """The decoding loop that transformers' `generate` calls with all inputs prepared."""
@@ -149,7 +166,7 @@ def _decode(
         num_speculations=num_speculations,
         eos_ids=processing.eos_ids,
         stop=StopStrings(None, None),
-        streamer=None if streamer is None else OneByOne(streamer, input_ids),
+        streamer=None if streamer is None else OneByOne(streamer, None if prompt_is_put else input_ids.cpu()),
         deterministic_prefill=deterministic_prefill,
         output_logits=wants_logits or (wants_scores and not controlled),
     )
@@ -162,20 +179,20 @@ def _decode(
 
 
 class OneByOne:
-    """Hands a streamer what transformers hands it: the prompt as [1, P], then every token by itself."""
+    """Hands a streamer what transformers hands it: the prompt as [1, P], if it is given, then every token by itself."""
 
-    def __init__(self, streamer: Any, input_ids: torch.Tensor):
-        self.streamer, self.prompt = streamer, input_ids.cpu()
+    def __init__(self, streamer: Any, prompt: torch.Tensor | None):
+        self.streamer, self.prompt, self.started = streamer, prompt, False
         if hasattr(streamer, "put_draft"):
             self.put_draft = streamer.put_draft
 
     def put(self, ids: torch.Tensor) -> None:
-        if self.prompt is not None:
-            ids, self.prompt = self.prompt, None
-            self.streamer.put(ids)
-        else:
+        if self.started:
             for token in ids:
                 self.streamer.put(token[None])
+        elif self.prompt is not None:
+            self.streamer.put(self.prompt)
+        self.started = True
 
     def end(self) -> None:
         self.streamer.end()
