@@ -24,6 +24,7 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -181,6 +182,7 @@ def measure(arguments, workers, reasons, console: Console, turns: list[dict], to
 def main(argv: list[str] | None = None) -> None:
     arguments = arguments_of(argv)
     console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit keeps what was measured, as Ctrl-C does
     set_environment(arguments.threads)
     torch.set_num_threads(arguments.threads)
     source = checkpoint_folder(arguments.model)
