@@ -8,7 +8,8 @@
 A `--shape` has random weights; what its layers from --exit_layer on add is scaled by --late_scale, so that the early
 exit agrees with the last layer at a rate of choice ("acceptance-controlled": it shows speed at an acceptance, no text).
 Each round runs every contender once and probes the read bandwidth before and after. Medians over the rounds: tokens per
-second of decoding alone, all sequences together, and the weights' bytes per step as a share of the bandwidth. The
+second of decoding alone, all sequences together, the weights' bytes per step as a share of the bandwidth, and the
+seconds of the prefill, which for transformers are those of one new token. The
 ceiling is what self-speculative decoding would gain at the acceptance it had if time were bytes of weights.
 """
 
@@ -32,8 +33,8 @@ from layerskip_kernels.models.hub import checkpoint_folder
 PEERS = {"transformers": {}, "compiled": {"cache_implementation": "static"}}  # options of their `generate`
 
 
-def transformers_speed(model, prompts: torch.Tensor, tokens: int, **options) -> tuple[float, list[list[int]]]:
-    """Tokens per second of decoding: the time of `tokens` new tokens less that of one."""
+def transformers_speed(model, prompts: torch.Tensor, tokens: int, **options) -> tuple[float, float, list[list[int]]]:
+    """Tokens per second of decoding: the time of `tokens` new tokens less that of one, the prefill's seconds."""
     options = dict(do_sample=False, eos_token_id=None, pad_token_id=0, **options)
 
     def run(new: int) -> tuple[float, list[list[int]]]:
@@ -44,7 +45,7 @@ def transformers_speed(model, prompts: torch.Tensor, tokens: int, **options) -> 
 
     first, _ = run(1)
     total, answers = run(tokens)
-    return len(answers) * (tokens - 1) / (total - first), answers
+    return len(answers) * (tokens - 1) / (total - first), first, answers
 
 
 def ceiling(stats, model, exit_layer: int, drafts: int) -> float:
@@ -111,7 +112,7 @@ def main() -> None:
             eos_token_id=[],
         )
         stats[strategy if drafts is None else f"{strategy} K={drafts}"] = result.stats
-        return result.stats.tokens_per_second, result.sequences
+        return result.stats.tokens_per_second, result.stats.prefill_seconds, result.sequences
 
     stats: dict = {}
     contenders = {
@@ -123,6 +124,7 @@ def main() -> None:
         contenders[f"self_speculative K={drafts}"] = lambda k=drafts: ours("self_speculative", k)
 
     speeds = {name: [] for name in contenders}
+    prefills = {name: [] for name in contenders}
     shares = {name: [] for name in contenders}
     answers = {}
     for contender in contenders.values():
@@ -130,8 +132,9 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, contender in contenders.items():
             before = read_bandwidth(probe)
-            speed, answers[name] = contender()
+            speed, prefill, answers[name] = contender()
             speeds[name].append(speed)
+            prefills[name].append(prefill)
             steps_per_second = speed / arguments.batch
             shares[name].append(steps_per_second * read_per_step / statistics.mean((before, read_bandwidth(probe))))
 
@@ -140,6 +143,7 @@ def main() -> None:
         row = {"contender": name, "tokens_per_second": statistics.median(speeds[name])}
         row["to_autoregressive"] = row["tokens_per_second"] / statistics.median(speeds["autoregressive"])
         row["share_of_bandwidth"] = statistics.median(shares[name])
+        row["prefill_seconds"] = statistics.median(prefills[name])
         if name.startswith("self_speculative"):
             drafts = int(name.partition("=")[2])
             row["acceptance"] = stats[name].acceptance_rate
@@ -163,8 +167,8 @@ def main() -> None:
 
 
 def show(rows: list[dict], conditions: dict) -> None:
-    columns = ("tok/s", "to autoregressive", "share of bandwidth", "acceptance", "ceiling", "tokens = autoregressive")
-    table = Table("contender", *columns)
+    columns = ("tok/s", "to autoregressive", "share of bandwidth", "prefill s", "acceptance", "ceiling")
+    table = Table("contender", *columns, "tokens = autoregressive")
     total = conditions["batch"] * conditions["new_tokens"]
     for row in rows:
         speculative = "ceiling" in row
@@ -173,6 +177,7 @@ def show(rows: list[dict], conditions: dict) -> None:
             f"{row['tokens_per_second']:.1f}",
             f"{row['to_autoregressive']:.2f}",
             f"{row['share_of_bandwidth']:.0%}",
+            f"{row['prefill_seconds']:.3f}",
             f"{row['acceptance']:.2f}" if speculative else "",
             f"{row['ceiling']:.2f}" if speculative else "",
             f"{row['same_tokens']}/{total}",
