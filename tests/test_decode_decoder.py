@@ -9,6 +9,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import TextIteratorStreamer
 
 import layerskip_kernels as lk
+from layerskip_kernels.decode.arguments import default_speculations
 from layerskip_kernels.decode.batch import Request
 
 PROMPT = "def fib(n):"
@@ -228,12 +229,13 @@ def test_cache_too_large_for_the_machine(decoder):
 def test_recorded_and_default_exit():
     model = tiny_model("llama3")
     default = lk.SelfSpeculativeDecoder.from_model(model, backend="reference")
-    assert (default.exit_layer, default.num_speculations) == (1, 6)
+    assert (default.exit_layer, default.num_speculations) == (1, 2)
     model.config.layerskip = {"exit_layer": 2, "num_speculations": 3}
     recorded = lk.SelfSpeculativeDecoder.from_model(model, backend="reference")
     assert (recorded.exit_layer, recorded.num_speculations) == (2, 3)
     chosen = lk.SelfSpeculativeDecoder.from_model(model, exit_layer=3, num_speculations=0, backend="reference")
     assert (chosen.exit_layer, chosen.num_speculations) == (3, 0)
+    assert default_speculations(torch.device("cuda")) == 6
 
 
 def test_one_layer_has_no_early_exit():

@@ -50,7 +50,7 @@ class SelfSpeculativeDecoder:
         self.exit_layer = arguments.exit_layer(exit_layer, config, config.exit_layer or max(1, config.num_layers // 4))
         recorded = config.num_speculations
         self.num_speculations = arguments.speculations(
-            num_speculations, arguments.DEFAULT_SPECULATIONS if recorded is None else recorded
+            num_speculations, arguments.default_speculations(device) if recorded is None else recorded
         )
         self.draft_head = choose_draft_head(draft_head, weights, self.ops, self.exit_layer)
         self.model = Model(config, weights, self.ops, make_draft_head(self.draft_head, weights))
@@ -80,7 +80,8 @@ class SelfSpeculativeDecoder:
         Args:
             model: a local folder, a hub id, or "demo": the small model that comes with the package.
             exit_layer: E, 1..L-1. None: the value recorded with the checkpoint, else L // 4.
-            num_speculations: K, drafted tokens per round, 0 or more. None: the recorded value, else 6.
+            num_speculations: K, drafted tokens per round, 0 or more. None: the recorded value, else 2 on a
+                CPU and 6 on a GPU.
             dtype: "float32", "float16", "bfloat16", or "auto" for the checkpoint's own.
             device: "cpu", "cuda", ..., or "auto" for a GPU when there is one.
             backend: "auto", "cuda", "triton", "cpu" or "reference"; an explicit choice raises when it can't run.
