@@ -318,7 +318,7 @@ def test_typed_prompts_keep_the_conversation_and_survive_an_error(checkpoint, tm
 def test_ctrl_c_prints_what_there_is_and_exits_with_130(checkpoint):
     command = [sys.executable, "-m", "layerskip_kernels", "generate", "--model", checkpoint, "--backend", "reference"]
     process = subprocess.Popen(
-        [*command, "--prompt", "Hello", "--max_steps", "100000", "--stop_token_ids", "0"],
+        [*command, "--prompt", "Hello", "--max_steps", "100000", "--stop_token_ids", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
