@@ -9,8 +9,8 @@ A `--shape` has random weights; what its layers from --exit_layer on add is scal
 exit agrees with the last layer at a rate of choice ("acceptance-controlled": it shows speed at an acceptance, no text).
 Each round runs every contender once and probes the read bandwidth before and after. Medians over the rounds: tokens per
 second of decoding alone, all sequences together, the weights' bytes per step as a share of the bandwidth, and the
-seconds of the prefill, which for transformers are those of one new token. The
-ceiling is what self-speculative decoding would gain at the acceptance it had if time were bytes of weights.
+seconds of the prefill, which for transformers are those of one new token. The ceiling is what self-speculative decoding
+would gain at the acceptance it had if time were bytes of weights.
 """
 
 import argparse

@@ -12,8 +12,8 @@ constexpr int64_t kMaxPackedRows = 64;  // x rows per pass over the weights
 constexpr int64_t kTileRows = 24;       // a multiple of every tile's weight rows
 constexpr int64_t kAheadBytes = 4096;   // at least so far ahead are weights fetched: shorter takes less than the way there
 
-// Weight rows of a register tile with `cols` x rows. With one x row memory is what it waits for: rows a multiple of 4 KiB
-// apart share one set of the first-level cache, whose eight ways also hold x, so eight of them drive each other out.
+// Weight rows of a register tile with `cols` x rows. With one x row memory is what it waits for, and six rows read it faster
+// than eight: probably because rows a multiple of 4 KiB apart share one set of the first-level cache, of eight ways, with x.
 constexpr int rows_of_tile(int cols) {
   const int most = cols == 1 ? 6 : 8;
   return kRegisters / cols < most ? kRegisters / cols : most;
