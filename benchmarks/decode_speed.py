@@ -35,7 +35,7 @@ PEERS = {"transformers": {}, "compiled": {"cache_implementation": "static"}}  # 
 
 def transformers_speed(model, prompts: torch.Tensor, tokens: int, **options) -> tuple[float, float, list[list[int]]]:
     """Tokens per second of decoding: the time of `tokens` new tokens less that of one, the prefill's seconds."""
-    options = dict(do_sample=False, eos_token_id=None, pad_token_id=0, **options)
+    options = dict(do_sample=False, repetition_penalty=1.0, eos_token_id=None, pad_token_id=0, **options)
 
     def run(new: int) -> tuple[float, list[list[int]]]:
         started = time.perf_counter()
@@ -109,6 +109,7 @@ def main() -> None:
             max_new_tokens=arguments.new_tokens,
             generation_strategy=strategy,
             num_speculations=drafts,
+            repetition_penalty=1,
             eos_token_id=[],
         )
         stats[strategy if drafts is None else f"{strategy} K={drafts}"] = result.stats

@@ -118,7 +118,11 @@ class Ours:
 
     def decode(self, method: str) -> dict[str, Any]:
         result = self.decoder.generate(
-            [self.task.prompt], max_new_tokens=self.task.new_tokens, generation_strategy=method, eos_token_id=[]
+            [self.task.prompt],
+            max_new_tokens=self.task.new_tokens,
+            generation_strategy=method,
+            repetition_penalty=1,
+            eos_token_id=[],
         )
         stats = result.stats
         reached = sum(stats.drafted_at)
@@ -155,6 +159,7 @@ class Transformers:
         self.model = AutoModelForCausalLM.from_pretrained(files.checkpoint, dtype=getattr(torch, weights)).eval()
         settings = self.model.generation_config
         settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = task.num_speculations, "constant"
+        settings.repetition_penalty = None  # a checkpoint's own: not all of the peers have one
         whole = sum(parameter.nbytes for parameter in self.model.parameters())
         tied = self.model.config.tie_word_embeddings
         self.loaded = {"bytes_per_token": whole - (0 if tied else self.model.get_input_embeddings().weight.nbytes)}

@@ -1,3 +1,5 @@
+#include <cstring>
+
 #include "cpu/ops.h"
 #include "cpu/quantized_panel.h"
 #include "cpu/rms_norm_row.h"
@@ -43,6 +45,20 @@ LK_INLINE vf logits_of(const ExitHeadArgs& a, vf dots, int64_t token, int64_t co
   if (a.softcap == 0) return dots;
   const vf cap = set1(a.softcap);
   return mul(cap, tanh(div(dots, cap)));
+}
+
+// Penalty on the logits of `count` tokens from `begin` on. Most are not seen, which eight bytes at once tell.
+LK_INLINE void penalize(const PenaltyArgs& penalty, int64_t row, int64_t begin, int64_t count, float* logits) {
+  const float factor = penalty.factor[row];
+  const uint8_t* seen = penalty.seen + row * penalty.seen_stride + begin;
+  for (int64_t i = 0; i < count; i += 8) {
+    uint64_t eight = 0;
+    const int64_t width = count - i < 8 ? count - i : 8;
+    std::memcpy(&eight, seen + i, size_t(width));
+    if (eight == 0) continue;
+    for (int64_t j = i; j < i + width; ++j)
+      if (seen[j]) logits[j] = logits[j] < 0 ? logits[j] * factor : logits[j] / factor;
+  }
 }
 
 // Index of the first score equal to `max`, the chunk's largest; 0 when there is none but NaN.
@@ -103,19 +119,15 @@ struct Pass {
     const Matrix lm_head{a.lm_head, a.lm_head_stride, a.v, a.quantization};
     x.panel(lm_head, begin, begin + count, Totals{logits[0], kHeadChunk});
     for (int64_t row = 0; row < m; ++row) {
-      float* kept = kept_logits(row);
       for (int64_t i = 0; i < count; i += kWidth) {
         const int64_t left = count - i;
-        if (left < kWidth) {
-          const vf part = logits_of<T>(a, load(logits[row] + i, left), begin + i, left);
-          store(logits[row] + i, part, left);
-          if (kept) store(kept + begin + i, part, left);
-        } else {
-          const vf whole = logits_of<T>(a, load(logits[row] + i), begin + i, left);
-          store(logits[row] + i, whole);
-          if (kept) store(kept + begin + i, whole);
-        }
+        if (left < kWidth)
+          store(logits[row] + i, logits_of<T>(a, load(logits[row] + i, left), begin + i, left), left);
+        else
+          store(logits[row] + i, logits_of<T>(a, load(logits[row] + i), begin + i, left));
       }
+      if (a.penalty.factor) penalize(a.penalty, first + row, begin, count, logits[row]);
+      if (float* kept = kept_logits(row)) std::memcpy(kept + begin, logits[row], size_t(count) * sizeof(float));
       for (int64_t i = count; i < kHeadChunk; ++i) logits[row][i] = -kInfinity;
       partials[index * m + row] = summarise(a, first + row, begin, logits[row]);
     }

@@ -2,6 +2,7 @@
 //
 //   normed   = rms_norm(hidden, norm_weight, eps)                            (bits of the op of that name)
 //   logits   = softcap * tanh(logit_scale * (normed . lm_head + bias) / softcap), float32
+//   penalty  logits of seen tokens: divided by the row's factor where positive, multiplied by it where negative
 //   greedy   token = argmax(logits), the lowest index among equals
 //   sampled  token = argmax(filtered(logits / temperature) + Gumbel noise); filters as in reference/exit_head.py
 //   logprob, confidence: log-probability of the token and largest probability of softmax(logits)
@@ -30,6 +31,12 @@ struct SamplingArgs {
   const float* min_p;        // [n]; 0: off
 };
 
+struct PenaltyArgs {
+  const float* factor;  // [n], above 0. Null: no penalty
+  const uint8_t* seen;  // [n, v], rows seen_stride bytes apart; 0: not seen
+  int64_t seen_stride;
+};
+
 struct ExitHeadArgs {
   const void* hidden;  // [n, c], rows hidden_stride elements apart
   int64_t hidden_stride;
@@ -40,6 +47,7 @@ struct ExitHeadArgs {
   const void* bias;  // [v] or null
   float logit_scale;
   float softcap;  // 0: no cap
+  PenaltyArgs penalty;
   SamplingArgs sampling;
   float* logits_out;  // [n, v] or null
   int64_t logits_stride;

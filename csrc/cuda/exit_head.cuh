@@ -67,6 +67,8 @@ __global__ void __launch_bounds__(kLinearThreads, kTiles > 2 ? 1 : 2) exit_head_
     if (a.bias && exists) logit += widen(static_cast<const T*>(a.bias)[token]);
     logit *= a.logit_scale;
     if (a.softcap != 0) logit = a.softcap * tanhf(logit / a.softcap);
+    if (a.penalty.factor && exists && a.penalty.seen[row * a.penalty.seen_stride + token])
+      logit = logit < 0 ? logit * a.penalty.factor[row] : logit / a.penalty.factor[row];
     if (!exists) logit = -kInfinity;
     if (a.logits && exists && (a.keep_logits || is_filtered(a.sampling, row, a.v)))
       a.logits[row * a.logits_stride + token] = logit;

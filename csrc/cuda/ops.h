@@ -62,6 +62,12 @@ struct SamplingArgs {
   const float* min_p;        // [n]; 0: off
 };
 
+struct PenaltyArgs {
+  const float* factor;  // [n], above 0. Null: no penalty
+  const uint8_t* seen;  // [n, v]; 0: not seen
+  int64_t seen_stride;
+};
+
 struct ExitHeadArgs {
   const void* hidden;  // [n, c]
   int64_t hidden_stride;
@@ -72,6 +78,7 @@ struct ExitHeadArgs {
   const void* bias;  // [v] or null
   float logit_scale;
   float softcap;  // 0: no cap
+  PenaltyArgs penalty;
   SamplingArgs sampling;
   float* logits;  // [n, v], needed with a filter; null: not kept
   int64_t logits_stride;

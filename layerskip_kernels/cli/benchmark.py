@@ -18,6 +18,7 @@ from layerskip_kernels.cli.options import (
     dataset_options,
     exit_options,
     model_options,
+    penalty_option,
     token_options,
 )
 from layerskip_kernels.cli.output import (
@@ -51,6 +52,7 @@ class Benchmark(MetaCommand):
 )
 @exit_options
 @token_options
+@penalty_option
 @click.option("--peers", type=click.Choice(PEERS), multiple=True, help="Also time generation of this library.")
 @click.option("--num_warmup", type=click.IntRange(0), default=1, help="Calls of each that are not counted.")
 @click.option(

@@ -21,6 +21,7 @@ from layerskip_kernels.cli.options import (
     draft_options,
     generation_options,
     model_options,
+    penalty_option,
 )
 from layerskip_kernels.cli.prompts import given_prompts, typed_prompts
 from layerskip_kernels.cli.report import Record, print_phases, print_stats
@@ -38,6 +39,7 @@ STREAMERS = ("standard", "speculative", "none")
 )
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template; typed prompts keep the conversation.")
 @generation_options
+@penalty_option
 @draft_options
 @click.option(
     "--streamer", type=click.Choice(STREAMERS), default="standard", help="speculative: show drafts, then correct them."
@@ -130,6 +132,7 @@ class Run:
                 temperature=options["temperature"],
                 top_k=options["top_k"],
                 top_p=options["top_p"],
+                repetition_penalty=options["repetition_penalty"],
                 seed=options["seed"],
                 stop_strings=list(options["stop_words"]) or None,
                 eos_token_id=self._eos_ids(),

@@ -59,7 +59,9 @@ def _read(decoder: Any, prompts: list[str], max_steps: int) -> list[Any]:
     texts = encode(prompts, decoder.tokenizer, decoder.config.vocab_size)
     if not max_steps:
         return lens.read_all(decoder, texts)
-    result = decoder.generate(texts, max_new_tokens=max_steps, generation_strategy="autoregressive")
+    result = decoder.generate(
+        texts, max_new_tokens=max_steps, generation_strategy="autoregressive", repetition_penalty=1
+    )
     return [lens.read(decoder, text, more) for text, more in zip(texts, result.sequences) if more]
 
 

@@ -25,7 +25,10 @@ def check_dataset(name: str) -> None:
 
 
 def token_arguments(decoder: Any, options: dict[str, Any], stop: Sequence[str] = ()) -> dict[str, Any]:
-    """Arguments of `generate` from `token_options`; --stop_words replace the texts that end the data set's answers."""
+    """Arguments of `generate` from `token_options`; --stop_words replace the texts that end the data set's answers.
+
+    A command without `penalty_option` decodes without a penalty, as its simulations do.
+    """
     words = list(options["stop_words"]) or list(stop)
     ids = list(options["stop_token_ids"])
     return {
@@ -34,6 +37,7 @@ def token_arguments(decoder: Any, options: dict[str, Any], stop: Sequence[str] =
         "temperature": options["temperature"],
         "top_k": options["top_k"],
         "top_p": options["top_p"],
+        "repetition_penalty": options.get("repetition_penalty", 1.0),
         "seed": options["seed"],
         "stop_strings": words or None,
         "eos_token_id": sorted({*decoder.config.eos_token_ids, *ids}) if ids else None,

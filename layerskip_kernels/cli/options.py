@@ -191,6 +191,13 @@ def token_options(command: Callable | None = None, *, max_steps: int = 512) -> C
     return command
 
 
+penalty_option = click.option(
+    "--repetition_penalty",
+    type=float,
+    help="Above 1: tokens of prompt and text become less likely.  [default: the checkpoint's]",
+)
+
+
 def dataset_options(
     command: Callable | None = None,
     *,

@@ -155,7 +155,9 @@ def finish(trainer: Any, options: dict[str, Any]) -> None:
     report = lens.layer_reports(lens.read_all(decoder, rows))
     length = min(64, options["sequence_length"] // 2)
     prompts = [row[:length] for row in rows[: options["measure_texts"]]]
-    texts = decoder.generate(prompts, max_new_tokens=length, generation_strategy="autoregressive").sequences
+    texts = decoder.generate(
+        prompts, max_new_tokens=length, generation_strategy="autoregressive", repetition_penalty=1
+    ).sequences
     read = [lens.read(decoder, prompt, text, drafting=True) for prompt, text in zip(prompts, texts)]
     found = settings.settings(decoder, [one.drafts() for one in read])
     if not found:
@@ -163,7 +165,7 @@ def finish(trainer: Any, options: dict[str, Any]) -> None:
             "the model ends every held-out text at once, so no exit can be measured; the checkpoint is saved"
         )
     choices = found[:_SETTINGS_TIMED]
-    timed = fastest(decoder, prompts[:4], choices, max_new_tokens=length, repeats=3)
+    timed = fastest(decoder, prompts[:4], choices, max_new_tokens=length, repetition_penalty=1, repeats=3)
     best = next(choice for choice, _ in timed if choice)
     speeds = {choice: speed for choice, speed in timed}
     settings.record(

@@ -28,6 +28,8 @@ class Request:
     prompt: list[int]
     max_new_tokens: int
     sampling: SamplingOptions | None = None
+    repetition_penalty: float = 1.0
+    penalized: list[int] | None = None  # tokens it holds for besides the request's own; None: the prompt's
     tokens: list[int] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)  # [n, V] of the n tokens of each round, where asked for
     finish_reason: str | None = None
@@ -38,6 +40,10 @@ class Request:
     keep_kv: bool = False  # at the end, all layers' K and V [L, G, n, D] of all but the last token go to `kv`
     kv: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    def seen(self) -> list[int]:
+        """The tokens that the repetition penalty holds for."""
+        return (self.prompt if self.penalized is None else self.penalized) + self.tokens
+
 
 class Batch:
     """Device state of the running sequences: row i of every tensor is sequence i, in cache slot `slot_ids[i]`.
@@ -46,7 +52,7 @@ class Batch:
     index.
     """
 
-    def __init__(self, rows: int, device: torch.device):
+    def __init__(self, rows: int, device: torch.device, vocab_size: int):
         def make(dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(rows, dtype=dtype, device=device)
 
@@ -62,6 +68,9 @@ class Batch:
         self.min_p = make(torch.float32)
         self.seed = make(torch.int64)
         self.stream = make(torch.int64)
+        self.repetition_penalty = make(torch.float32)
+        # [rows, more than V] uint8, 1: a token that the penalty holds for. The last column is no token's.
+        self.seen = torch.zeros(rows, (vocab_size // 16 + 1) * 16, dtype=torch.uint8, device=device)
         self._tensors = [t for t in vars(self).values() if isinstance(t, torch.Tensor)]
 
     def __len__(self) -> int:
@@ -76,6 +85,10 @@ class Batch:
         self.pending[row] = request.tokens[-1]
         self.remaining[row] = request.max_new_tokens - len(request.tokens)
         self.finished[row] = False
+        self.repetition_penalty[row] = request.repetition_penalty
+        if request.repetition_penalty != 1:
+            self.seen[row] = 0
+            self.seen[row, request.seen()] = 1
         if request.sampling is not None:
             for name, value in vars(request.sampling).items():
                 getattr(self, name)[row] = value

@@ -4,7 +4,7 @@ import torch
 
 from layerskip_kernels.decode.batch import Batch
 from layerskip_kernels.decode.model import Model
-from layerskip_kernels.ops import ExitHead, Sampling, Verified
+from layerskip_kernels.ops import ExitHead, RepetitionPenalty, Sampling, Verified
 
 _PER_REQUEST = ("temperature", "seed", "stream", "top_k", "top_p", "min_p")
 
@@ -12,8 +12,12 @@ _PER_REQUEST = ("temperature", "seed", "stream", "top_k", "top_p", "min_p")
 class Buffers:
     """Flat storage for the largest round of a batch; `round(K)` gives the views for its present rows and K drafts."""
 
-    def __init__(self, model: Model, batch: Batch, rows: int, drafts: int, sampled: bool, logits: bool):
-        self.model, self.batch, self.sampled, self.logits = model, batch, sampled, logits
+    def __init__(
+        self, model: Model, batch: Batch, rows: int, drafts: int, *, sampled: bool, penalized: bool, logits: bool
+    ):
+        """`penalized`: with repetition penalties, of the drafts alone where `logits` are kept for others to choose."""
+        self.model, self.batch = model, batch
+        self.sampled, self.penalized, self.logits = sampled, penalized, logits
         self._rows, self._window = rows, drafts + 1
         self._flat: dict[str, torch.Tensor] = {}
         self._rounds: dict[tuple[int, int], Round] = {}
@@ -47,7 +51,8 @@ class Round:
             return buffers.view(name, dtype, rows)[:, 0]
 
         self.buffers = buffers
-        self.drafts, self.window, self.sampled = drafts, window, buffers.sampled
+        self.drafts, self.window = drafts, window
+        self.sampled, self.penalized = buffers.sampled, buffers.penalized
         self.lengths, self.slot_ids = batch.lengths[:rows], batch.slot_ids[:rows]
         self.pending, self.remaining, self.finished = (
             t[:rows] for t in (batch.pending, batch.remaining, batch.finished)
@@ -81,16 +86,29 @@ class Round:
             vector("num_accepted", torch.int32),
             self.finished,
         )
+        self.repeated: list[tuple[torch.Tensor, torch.Tensor]] = []  # (of each sequence, of each window position)
         self.draft_sampling = self.verify_sampling = None
         if self.sampled:
             fields = {name: getattr(batch, name)[:rows] for name in _PER_REQUEST}
             repeated = {name: matrix(f"repeated_{name}", t.dtype) for name, t in fields.items()}
-            self.repeated = [(fields[name][:, None].expand(rows, window), t) for name, t in repeated.items()]
+            self.repeated += [(fields[name][:, None].expand(rows, window), t) for name, t in repeated.items()]
             self.next_positions = matrix("next_positions", torch.int64)
             self.draft_sampling = Sampling(position=vector("draft_position", torch.int64), **fields)
             self.verify_sampling = Sampling(
                 position=self.next_positions.view(-1), **{name: t.view(-1) for name, t in repeated.items()}
             )
+
+        self.draft_penalty, self.verify_penalty = [None] * drafts, None
+        if self.penalized:
+            factor, repeated_factor = batch.repetition_penalty[:rows], matrix("factor", torch.float32)
+            self.repeated.append((factor[:, None].expand(rows, window), repeated_factor))
+            self.seen_before = batch.seen[:rows]
+            self.seen = matrix("seen", torch.uint8, batch.seen.shape[1])  # with the drafts up to each position
+            self.seen_now = matrix("seen_now", torch.int64)
+            tokens = self.seen[..., : config.vocab_size]
+            self.draft_penalty = [RepetitionPenalty(factor, tokens[:, t]) for t in range(drafts)]
+            if not buffers.logits:
+                self.verify_penalty = RepetitionPenalty(repeated_factor.view(-1), tokens.flatten(0, 1))
 
         self.step_tokens, self.step_rows = self.tokens.unbind(1), self.exit_hidden.unbind(1)
         self.step_hidden = self.exit_hidden.split(1, dim=1)

@@ -186,7 +186,7 @@ class SelfSpeculativeDecoder:
         top_p: float = 0.9,
         min_p: float = 0.0,
         seed: int | Sequence[int] | None = None,
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
         min_new_tokens: int = 0,
         logits_processor: Any = None,
         stopping_criteria: Any = None,
@@ -213,7 +213,8 @@ class SelfSpeculativeDecoder:
                 position, so speculation does not change the text either.
             temperature, top_k, top_p, min_p: of sampling; top_k=0, top_p=1 and min_p=0 are off.
             seed: an int gives prompt i the stream (seed, i), a list gives each prompt its own. None: a fresh one.
-            repetition_penalty: above 1 makes tokens of prompt and text less likely; transformers' definition.
+            repetition_penalty: above 1 makes tokens of prompt and text less likely; transformers' definition. None: the
+                checkpoint's, else 1, which is off.
             min_new_tokens: no EOS before as many tokens.
             logits_processor: transformers' `LogitsProcessorList`, or functions (ids [1, length], scores [1, V]) ->
                 scores. Called once for each emitted token, before temperature and filters, with ids of prompt and text
@@ -254,7 +255,13 @@ class SelfSpeculativeDecoder:
         stop = StopStrings(stop_strings, self.tokenizer)
         eos_ids = arguments.eos_ids(eos_token_id, self.config)
         arguments.whole("min_new_tokens", min_new_tokens, 0)
-        processing = Processing(logits_processor, stopping_criteria, repetition_penalty, min_new_tokens, eos_ids)
+        if repetition_penalty is None:
+            repetition_penalty = self.config.repetition_penalty
+        processing = Processing(
+            logits_processor, stopping_criteria, repetition_penalty, min_new_tokens, eos_ids, output_logits
+        )
+        for request in requests:
+            request.repetition_penalty = processing.repetition_penalty
         if processing.needed:
             for request in requests:
                 its_own = processing.for_request(request, self.device)
@@ -265,9 +272,8 @@ class SelfSpeculativeDecoder:
         arguments.true_or_false("profile", profile)
         if profile and self.device.type != "cpu":
             raise ValueError(f"profile=True: phases are timed on the CPU alone, this model is on {self.device}")
-        rejection = rejection_of(
-            verification, rejection_method, requests, sample, generation_strategy, processing.needed
-        )
+        processed = processing.needed or processing.repetition_penalty != 1
+        rejection = rejection_of(verification, rejection_method, requests, sample, generation_strategy, processed)
         stats = self.run(
             requests,
             generation_strategy=generation_strategy,

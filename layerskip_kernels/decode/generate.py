@@ -61,7 +61,10 @@ class Generation:
         self.rejection = rejection
         controlled = self.control is not None and requests[0].controls.needs_logits
         self.needs_logits = output_logits or controlled or rejection is not None
-        self.buffers, self.graphs = workspace.rounds(self.drafts, sampled, self.needs_logits)
+        penalized = any(request.repetition_penalty != 1 for request in requests)
+        self.buffers, self.graphs = workspace.rounds(
+            self.drafts, sampled=sampled, penalized=penalized, logits=self.needs_logits
+        )
         self.adaptation = None
         if self.drafts and (draft_confidence is not None or adaptive_speculations):
             cost = self.model.draft_share(exit_layer)

@@ -8,7 +8,7 @@ from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.models.config import ModelConfig
 from layerskip_kernels.models.rope import Rope
 from layerskip_kernels.models.weights import ModelWeights
-from layerskip_kernels.ops import DecoderLayers, ExitHead, QuantizedWeight, Sampling
+from layerskip_kernels.ops import DecoderLayers, ExitHead, QuantizedWeight, RepetitionPenalty, Sampling
 from layerskip_kernels.reference.decoder_stack import compose
 
 
@@ -53,20 +53,35 @@ class Model:
         else:
             self.ops.decoder_stack(*arguments, **constants, **where)
 
-    def head(self, hidden: torch.Tensor, sampling: Sampling | None, out: ExitHead, logits_out=None) -> None:
+    def head(
+        self,
+        hidden: torch.Tensor,
+        sampling: Sampling | None,
+        out: ExitHead,
+        logits_out: torch.Tensor | None = None,
+        penalty: RepetitionPenalty | None = None,
+    ) -> None:
         """Final norm and LM head on hidden [N, C]."""
-        self._head(self.weights.lm_head, hidden, sampling, out, logits_out)
+        self._head(self.weights.lm_head, hidden, sampling, out, logits_out, penalty)
 
-    def draft_head(self, hidden: torch.Tensor, sampling: Sampling | None, out: ExitHead, logits_out=None) -> None:
+    def draft_head(
+        self,
+        hidden: torch.Tensor,
+        sampling: Sampling | None,
+        out: ExitHead,
+        logits_out: torch.Tensor | None = None,
+        penalty: RepetitionPenalty | None = None,
+    ) -> None:
         """As `head`, with the head that drafts."""
-        self._head(self.draft_weight, hidden, sampling, out, logits_out)
+        self._head(self.draft_weight, hidden, sampling, out, logits_out, penalty)
 
-    def _head(self, weight, hidden, sampling, out, logits_out) -> None:
+    def _head(self, weight, hidden, sampling, out, logits_out, penalty) -> None:
         self.ops.exit_head(
             hidden,
             self.weights.final_norm,
             weight,
             eps=self.config.rms_norm_eps,
+            penalty=penalty,
             sampling=sampling,
             logits_out=logits_out,
             out=out,

@@ -5,7 +5,7 @@ import torch
 from layerskip_kernels.decode.batch import Request
 from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.model import Model
-from layerskip_kernels.ops import ExitHead, Sampling
+from layerskip_kernels.ops import ExitHead, RepetitionPenalty, Sampling
 
 SHORT_PROMPT = 32  # below it the products are `small_linear`'s, whose bits do not depend on the thread count
 CHUNK = 512  # fixed, so that a prompt is always cut in the same places
@@ -16,7 +16,8 @@ def prefill(
 ) -> tuple[int, float]:
     """Layers [0, last_layer) over one prompt into its slot, from `past_length` on; the head on its last position only.
 
-    Returns the first new token and its log-probability. `logits` [1, V] float32 receives what it was chosen from.
+    Returns the first new token and its log-probability. `logits` [1, V] float32 receives what it was chosen from,
+    which is without a penalty then.
     """
     device = cache.k.device
     prompt = torch.tensor(request.prompt, dtype=torch.int64, device=device)
@@ -44,8 +45,18 @@ def prefill(
         torch.empty(1, dtype=torch.float32, device=device),
         torch.empty(1, dtype=torch.float32, device=device),
     )
-    model.head(hidden[:, -1], sampling_for(request, device), head, logits)
+    penalty = penalty_for(request, model.config.vocab_size, device) if logits is None else None
+    model.head(hidden[:, -1], sampling_for(request, device), head, logits, penalty)
     return head.token.item(), head.logprob.item()
+
+
+def penalty_for(request: Request, vocab_size: int, device: torch.device) -> RepetitionPenalty | None:
+    """Penalty of the request's first token."""
+    if request.repetition_penalty == 1:
+        return None
+    seen = torch.zeros(1, vocab_size, dtype=torch.uint8, device=device)
+    seen[0, request.seen()] = 1
+    return RepetitionPenalty(torch.full((1,), request.repetition_penalty, device=device), seen)
 
 
 def sampling_for(request: Request, device: torch.device) -> Sampling | None:

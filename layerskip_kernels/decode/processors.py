@@ -14,15 +14,25 @@ from layerskip_kernels.messages import shown
 class Processing:
     """What `generate` was told about logits processors and stopping criteria; transformers' own do the work."""
 
-    def __init__(self, logits_processor, stopping_criteria, repetition_penalty: float, min_new_tokens: int, eos_ids):
+    def __init__(
+        self,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        repetition_penalty: float,
+        min_new_tokens: int,
+        eos_ids: Sequence[int],
+        output_logits: bool,
+    ):
         self.processors = _callables("logits_processor", logits_processor)
         self.criteria = _callables("stopping_criteria", stopping_criteria)
         penalty = number("repetition_penalty", repetition_penalty, lambda p: p > 0, "above 0, 1 is off")
         self.repetition_penalty, self.min_new_tokens, self.eos_ids = penalty, min_new_tokens, eos_ids
+        # Alone, the penalty is the head's; among others it has its place in transformers' order.
+        self._penalizes = penalty != 1 and bool(self.processors or self._delays_eos or output_logits)
 
     @property
     def needed(self) -> bool:
-        return bool(self.criteria or self.processors or self.repetition_penalty != 1 or self._delays_eos)
+        return bool(self.criteria or self.processors or self._penalizes or self._delays_eos)
 
     @property
     def _delays_eos(self) -> bool:
@@ -34,7 +44,7 @@ class Processing:
         from transformers.generation import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
         processors = LogitsProcessorList()
-        if self.repetition_penalty != 1:
+        if self._penalizes:
             processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         if self._delays_eos:
             processors.append(

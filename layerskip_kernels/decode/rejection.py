@@ -85,8 +85,8 @@ def rejection_of(
         )
     if processed:
         raise ValueError(
-            "verification='rejection': works without logits_processor, stopping_criteria, repetition_penalty and "
-            "min_new_tokens, choose verification='coupled'"
+            "verification='rejection': works without logits_processor, stopping_criteria, min_new_tokens and "
+            "repetition_penalty (1, where the checkpoint has one), choose verification='coupled'"
         )
     return Rejection(method or "standard", requests)
 

@@ -78,8 +78,10 @@ def begin(model: Model, r: Round) -> None:
         model.rope.rows(r.positions, out=r.inv_freq, index=r.rope_index)
     if r.sampled:
         torch.add(r.positions, 1, out=r.next_positions)
-        for per_request, repeated in r.repeated:
-            repeated.copy_(per_request)
+    if r.penalized:
+        r.seen[:, 0].copy_(r.seen_before)
+    for per_request, repeated in r.repeated:
+        repeated.copy_(per_request)
 
 
 def draft(
@@ -98,8 +100,9 @@ def draft(
         else:
             if r.sampled:
                 r.draft_sampling.position.copy_(r.next_positions[:, t])
-            model.draft_head(r.step_rows[t], r.draft_sampling, r.draft_head)
+            model.draft_head(r.step_rows[t], r.draft_sampling, r.draft_head, None, r.draft_penalty[t])
             r.step_tokens[t + 1].copy_(r.draft_head.token)
+            see(r, t + 1)
         if adaptation is not None and adaptation.stops(r, t):
             r = narrow(model, r, t + 1)
             break
@@ -116,7 +119,16 @@ def narrow(model: Model, r: Round, drafts: int) -> Round:
     r.tokens.copy_(tokens)
     r.exit_hidden[:, :drafts] = hidden
     r.num_draft.copy_(num_draft)
+    for t in range(1, drafts + 1):
+        see(r, t)
     return r
+
+
+def see(r: Round, t: int) -> None:
+    """What the repetition penalty of window position t holds for: the tokens up to there."""
+    if r.penalized:
+        r.seen[:, t].copy_(r.seen[:, t - 1])
+        r.seen[:, t].scatter_(1, r.tokens[:, t : t + 1], 1)
 
 
 def step(model: Model, cache: KVCache, r: Round, t: int, last_layer: int) -> None:
@@ -132,7 +144,8 @@ def verify(model: Model, cache: KVCache, r: Round, exit_layer: int, sampling: Sa
 
 
 def choose(model: Model, r: Round, sampling: Sampling | None) -> None:
-    model.head(r.exit_rows, sampling, r.verify_head, None if r.logits is None else r.logits.flatten(0, 1))
+    logits = None if r.logits is None else r.logits.flatten(0, 1)
+    model.head(r.exit_rows, sampling, r.verify_head, logits, r.verify_penalty)
 
 
 def accept(model: Model, r: Round, eos_ids: torch.Tensor, rejection: Rejection | None = None) -> None:
@@ -142,6 +155,9 @@ def accept(model: Model, r: Round, eos_ids: torch.Tensor, rejection: Rejection |
         model.ops.verify_tokens(r.tokens[:, 1:], r.target, r.num_draft, **ends)
     else:
         rejection.accept(model, r, **ends)
+    if r.penalized:  # -1, no token, is the last column
+        torch.remainder(r.verified.tokens, r.seen.shape[-1], out=r.seen_now)
+        r.seen_before.scatter_(1, r.seen_now, 1)
     r.remaining.sub_(r.verified.num_emitted)
     # Of a sequence that had ended, which the host may not have seen yet, any token does.
     torch.sub(r.verified.num_emitted, 1, out=r.last).clamp_(min=0)

@@ -17,18 +17,21 @@ class Workspace:
 
     def __init__(self, model: Model, cache: KVCache):
         self.model, self.cache = model, cache
-        self.batch = Batch(cache.slots, model.device)
+        self.batch = Batch(cache.slots, model.device, model.config.vocab_size)
         self.device = CudaDevice() if model.device.type == "cuda" else None
-        self._rounds: dict[tuple[int, bool], tuple[Buffers, RoundGraphs | None]] = {}
+        self._rounds: dict[tuple[int, bool, bool], tuple[Buffers, RoundGraphs | None]] = {}
         self._eos_ids: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def rounds(self, drafts: int, sampled: bool, logits: bool) -> tuple[Buffers, RoundGraphs | None]:
+    def rounds(
+        self, drafts: int, *, sampled: bool, penalized: bool, logits: bool
+    ) -> tuple[Buffers, RoundGraphs | None]:
         """Tensors, and where there is a GPU graphs, of rounds of up to `drafts` drafts."""
+        kind = dict(sampled=sampled, penalized=penalized, logits=logits)
         if logits:  # [rows, K+1, V]: too large to keep
-            return Buffers(self.model, self.batch, self.cache.slots, drafts, sampled, logits), None
-        key = drafts, sampled
+            return Buffers(self.model, self.batch, self.cache.slots, drafts, **kind), None
+        key = drafts, sampled, penalized
         if key not in self._rounds:
-            buffers = Buffers(self.model, self.batch, self.cache.slots, drafts, sampled, logits)
+            buffers = Buffers(self.model, self.batch, self.cache.slots, drafts, **kind)
             self._rounds[key] = buffers, self.device and RoundGraphs(self.device)
         return self._rounds[key]
 

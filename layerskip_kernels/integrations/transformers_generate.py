@@ -149,14 +149,17 @@ def _decode(
     """The decoding loop that transformers' `generate` calls with all inputs prepared."""
     config = generation_config
     check_supported(config, model_kwargs, streamer, input_ids)
-    processing = Processing(logits_processor, stopping_criteria, config.do_sample)
+    wants_scores = bool(config.return_dict_in_generate and config.output_scores)
+    wants_logits = bool(config.return_dict_in_generate and config.output_logits)
+    processing = Processing(logits_processor, stopping_criteria, config.do_sample, wants_scores or wants_logits)
     inputs = read_inputs(model, input_ids, config, processing.max_length, generation_strategy, model_kwargs)
     decoder = decoder_for(model, backend)
+    for request, shown in zip(inputs.requests, inputs.input_ids.tolist()):  # padding included, as in transformers
+        request.repetition_penalty = processing.repetition_penalty
+        request.penalized = [token for token in shown if 0 <= token < decoder.config.vocab_size]
     if config.do_sample:
         for request, key in zip(inputs.requests, keys(len(inputs.requests), seed)):
             request.sampling = SamplingOptions(**processing.warpers, seed=key[0], stream=key[1])
-    wants_scores = bool(config.return_dict_in_generate and config.output_scores)
-    wants_logits = bool(config.return_dict_in_generate and config.output_logits)
     pad = None if config._pad_token_tensor is None else int(config._pad_token_tensor)
     controlled = processing.control(inputs, pad, wants_scores, decoder.device)
     stats = decoder.run(

@@ -46,12 +46,19 @@ class Processing:
 
     Attributes:
         warpers: what fused sampling gets: temperature, top_k, top_p, min_p.
+        repetition_penalty: of drafts; of the model's own tokens too where no processor is left.
         eos_ids, max_length: from the criteria that the decoder replaces.
         processors, criteria: what is left of the lists.
     """
 
-    def __init__(self, processors: Sequence[Any] | None, criteria: Sequence[Any] | None, sample: bool):
+    def __init__(
+        self, processors: Sequence[Any] | None, criteria: Sequence[Any] | None, sample: bool, keep_logits: bool
+    ):
+        """`keep_logits`: the caller wants logits or scores, so the head must not apply the penalty."""
         self.processors, self.warpers = _fused(list(processors or ()), sample)
+        self.repetition_penalty = next((p.penalty for p in self.processors if _is_whole_penalty(p)), 1.0)
+        if len(self.processors) == 1 and self.repetition_penalty != 1 and not keep_logits:
+            self.processors = []
         self.eos_ids: tuple[int, ...] = ()
         self.has_eos, self.criteria, lengths = False, [], []
         for criterion in criteria or ():
@@ -113,6 +120,11 @@ def _fused(processors: list[Any], sample: bool) -> tuple[list[Any], dict[str, An
 def _name(item: Any) -> str | None:
     """The class of one of transformers' own; None for subclasses and other people's, which may do anything."""
     return type(item).__name__ if type(item).__module__.startswith("transformers.generation.") else None
+
+
+def _is_whole_penalty(item: Any) -> bool:
+    """A repetition penalty that holds for the prompt, too."""
+    return _name(item) == "RepetitionPenaltyLogitsProcessor" and item.prompt_ignore_length is None
 
 
 def _is_row_by_row(item: Any) -> bool:

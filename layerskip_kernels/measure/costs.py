@@ -127,7 +127,9 @@ def _round(decoder: Any, prompt: Sequence[int], drafts: int) -> float:
     how = {"num_speculations": drafts} if drafts else {"generation_strategy": "autoregressive"}
     prompts = [list(prompt)] * decoder.max_batch_size
     # so many tokens that _ROUNDS rounds have room for all drafts, whatever is accepted
-    stats = decoder.generate(prompts, max_new_tokens=_ROUNDS * (drafts + 1) + 1, eos_token_id=[], **how).stats
+    stats = decoder.generate(
+        prompts, max_new_tokens=_ROUNDS * (drafts + 1) + 1, eos_token_id=[], repetition_penalty=1, **how
+    ).stats
     return min(stats.round_seconds[1:_ROUNDS])  # the first one makes its buffers
 
 

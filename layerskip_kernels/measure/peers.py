@@ -48,6 +48,8 @@ def transformers_ways(decoder: Any, folder: Path, options: dict[str, Any]) -> di
         pad_token_id=eos[0] if eos else 0,
         do_sample=options["sample"],
     )
+    if (penalty := options.get("repetition_penalty")) is not None:  # else both take the checkpoint's
+        common["repetition_penalty"] = penalty
     if options["stop_strings"]:
         # not stop_strings=: the nested call of assistant_early_exit would ask for a tokenizer that it is not given
         common["stopping_criteria"] = [StopStringCriteria(decoder.tokenizer, options["stop_strings"])]

@@ -33,7 +33,8 @@ class ModelConfig:
     """Shape and constants of a decoder-only model; letters C, I, L, H, G, D, V as in the README.
 
     ``sliding_windows`` and ``use_rope`` have one entry per layer. ``exit_layer`` and ``num_speculations`` are the
-    values recorded with the checkpoint, in the ``layerskip`` entry of its ``config.json``.
+    values recorded with the checkpoint, in the ``layerskip`` entry of its ``config.json``; ``repetition_penalty`` is
+    the default of its ``generation_config.json``.
     """
 
     model_type: str
@@ -60,6 +61,7 @@ class ModelConfig:
     qk_norm: bool = False
     exit_layer: int | None = None
     num_speculations: int | None = None
+    repetition_penalty: float = 1.0
 
     @property
     def scale(self) -> float:
@@ -80,7 +82,7 @@ class ModelConfig:
             config: what ``AutoConfig.from_pretrained`` or ``model.config`` gives.
             dtype: dtype of the weights; None takes the one in `config`, else float32.
             generation_config: ``GenerationConfig`` or the dictionary of ``generation_config.json``; its end-of-sequence
-                ids come before those of `config`.
+                ids come before those of `config`. Of its defaults for decoding, the repetition penalty is taken.
 
         Raises ValueError, naming what was found and what is supported, for a model this package cannot run.
         """
@@ -121,6 +123,7 @@ class ModelConfig:
             qk_norm=model_type == "qwen3",
             exit_layer=exit_layer,
             num_speculations=num_speculations,
+            repetition_penalty=_repetition_penalty(_getter(generation_config)("repetition_penalty")),
         )
 
 
@@ -245,6 +248,14 @@ def _recorded_exit(recorded: Any, num_layers: int) -> tuple[int | None, int | No
     if num_speculations is not None and (type(num_speculations) is not int or not 0 <= num_speculations <= 63):
         raise ValueError(f"layerskip.num_speculations={num_speculations!r} in config.json: choose 0..63")
     return exit_layer, num_speculations
+
+
+def _repetition_penalty(value: Any) -> float:
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"repetition_penalty={shown(value)} in generation_config.json: must be above 0")
+    return float(value)
 
 
 def _token_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from layerskip_kernels.ops.decoder_stack import DecoderLayers, LayerWeights, decoder_stack
 from layerskip_kernels.ops.early_exit_cross_entropy import EarlyExitLoss, early_exit_cross_entropy
-from layerskip_kernels.ops.exit_head import ExitHead, Sampling, exit_head
+from layerskip_kernels.ops.exit_head import ExitHead, RepetitionPenalty, Sampling, exit_head
 from layerskip_kernels.ops.kv_rollback import kv_rollback
 from layerskip_kernels.ops.quantized import QuantizedWeight, dequantize, quantize
 from layerskip_kernels.ops.rms_norm import rms_norm
@@ -19,6 +19,7 @@ __all__ = [
     "ExitHead",
     "LayerWeights",
     "QuantizedWeight",
+    "RepetitionPenalty",
     "Sampling",
     "Verified",
     "decoder_stack",

@@ -25,10 +25,17 @@ class Sampling(NamedTuple):
     min_p: torch.Tensor | None = None  # float32; 0: off
 
 
+class RepetitionPenalty(NamedTuple):
+    """Makes the tokens that a row has seen less likely (CTRL, arXiv 1909.05858; as transformers defines it)."""
+
+    factor: torch.Tensor  # [N] float32, above 0; 1: off
+    seen: torch.Tensor  # [N, V] uint8, 0: not seen
+
+
 class ExitHead(NamedTuple):
     token: torch.Tensor  # [N] int64
-    logprob: torch.Tensor  # [N] float32, of the token, before temperature and filters
-    confidence: torch.Tensor  # [N] float32, the largest probability, before temperature and filters
+    logprob: torch.Tensor  # [N] float32, of the token, after the penalty, before temperature and filters
+    confidence: torch.Tensor  # [N] float32, the largest probability, at the same point
 
 
 _SAMPLING_DTYPES = Sampling(
@@ -45,6 +52,7 @@ def exit_head(
     bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    penalty: RepetitionPenalty | None = None,
     sampling: Sampling | None = None,
     logits_out: torch.Tensor | None = None,
     out: ExitHead | None = None,
@@ -52,6 +60,7 @@ def exit_head(
     """Final norm, LM head and choice of the token, for the draft's exit and for the last layer alike.
 
     ``logits = softcap · tanh(logit_scale · (rms_norm(hidden) @ lm_headᵀ + bias) / softcap)`` in float32, never rounded.
+    With a penalty, logits of seen tokens are then divided by its factor where positive and multiplied where negative.
     Greedy: arg-max, the lowest index wins ties. Sampling: ``argmax(filtered(logits / temperature) + Gumbel noise)``,
     which draws exactly from ``softmax(filtered(logits / temperature))``; filters are top-k, top-p, min-p in this order,
     as transformers defines them. NaN counts as minus infinity in the choice.
@@ -61,8 +70,9 @@ def exit_head(
         norm_weight: [C]; lm_head: [V, C], or a `QuantizedWeight` of that shape; bias: [V]; dtype of hidden.
         eps: of the norm, > 0.
         logit_scale, softcap: see above, both > 0; softcap=None: no cap.
+        penalty: `RepetitionPenalty`; None: none.
         sampling: `Sampling`; None: greedy.
-        logits_out: [N, V] float32, receives the logits.
+        logits_out: [N, V] float32, receives the logits, penalty included.
         out: `ExitHead` of tensors to write the result to.
 
     Returns:
@@ -84,6 +94,11 @@ def exit_head(
     if softcap is not None:
         _check.positive("softcap", softcap)
     _check.positive("logit_scale", logit_scale)
+    if penalty is not None:
+        if not isinstance(penalty, RepetitionPenalty):
+            raise TypeError(f"penalty: expected a RepetitionPenalty, got {type(penalty).__name__}")
+        _check.tensor("penalty.factor", penalty.factor, (rows,), dtype=torch.float32, like=hidden)
+        _check.tensor("penalty.seen", penalty.seen, (rows, vocab), dtype=torch.uint8, like=hidden)
     if sampling is not None:
         if not isinstance(sampling, Sampling):
             raise TypeError(f"sampling: expected a Sampling, got {type(sampling).__name__}")
@@ -102,7 +117,16 @@ def exit_head(
         refuse_tracing("lm_head")
     if torch.compiler.is_compiling():
         result = torch.ops.layerskip_kernels.exit_head(
-            hidden, norm_weight, lm_head, eps, bias, logit_scale, softcap, *(sampling or (None,) * 7), logits_out
+            hidden,
+            norm_weight,
+            lm_head,
+            eps,
+            bias,
+            logit_scale,
+            softcap,
+            *(sampling or (None,) * 7),
+            logits_out,
+            *(penalty or (None,) * 2),
         )
         return ExitHead(*_library.into(out, result))
     return resolve("exit_head", hidden.device, hidden.dtype, quantized=quantized)(
@@ -113,6 +137,7 @@ def exit_head(
         bias=bias,
         logit_scale=logit_scale,
         softcap=softcap,
+        penalty=penalty,
         sampling=sampling,
         logits_out=logits_out,
         out=out,
@@ -135,6 +160,8 @@ def _kernel(
     top_p=None,
     min_p=None,
     logits_out=None,
+    factor=None,
+    seen=None,
 ):
     sampling = Sampling(temperature, seed, position, stream, top_k, top_p, min_p)
     return tuple(
@@ -146,6 +173,7 @@ def _kernel(
             bias=bias,
             logit_scale=logit_scale,
             softcap=softcap,
+            penalty=None if factor is None else RepetitionPenalty(factor, seen),
             sampling=None if temperature is None else sampling,
             logits_out=logits_out,
         )
@@ -165,7 +193,7 @@ _library.register(
     "exit_head(Tensor hidden, Tensor norm_weight, Tensor lm_head, float eps, Tensor? bias=None, "
     "float logit_scale=1.0, float? softcap=None, Tensor? temperature=None, Tensor? seed=None, "
     "Tensor? position=None, Tensor? stream=None, Tensor? top_k=None, Tensor? top_p=None, Tensor? min_p=None, "
-    "Tensor(a!)? logits_out=None) -> (Tensor, Tensor, Tensor)",
+    "Tensor(a!)? logits_out=None, Tensor? factor=None, Tensor? seen=None) -> (Tensor, Tensor, Tensor)",
     _kernel,
     _fake,
 )

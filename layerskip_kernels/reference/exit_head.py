@@ -15,6 +15,7 @@ def exit_head(
     bias=None,
     logit_scale=1.0,
     softcap=None,
+    penalty=None,
     sampling=None,
     logits_out=None,
     out=None,
@@ -25,6 +26,8 @@ def exit_head(
     logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if penalty is not None:
+        logits = penalize(logits, penalty)
     if logits_out is not None:
         logits_out.copy_(logits)
 
@@ -37,6 +40,13 @@ def exit_head(
         torch.exp(logits.amax(-1) - log_sum),
     )
     return result if out is None else ExitHead(*(o.copy_(r) for o, r in zip(out, result)))
+
+
+def penalize(logits, penalty):
+    """Logits of seen tokens divided by the row's factor where positive, multiplied by it where negative."""
+    factor = penalty.factor[:, None]
+    penalized = torch.where(logits < 0, logits * factor, logits / factor)
+    return torch.where(penalty.seen != 0, penalized, logits)
 
 
 def lowest_argmax(scores):

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from layerskip_kernels.ops.exit_head import ExitHead, Sampling
+from layerskip_kernels.ops.exit_head import ExitHead, RepetitionPenalty, Sampling
 from layerskip_kernels.triton.configs import tuned
 from layerskip_kernels.triton.launch import EXACT, INTERPRETED, check, guard, num_sms
 from layerskip_kernels.triton.linear_tile import ROWS, products, row_tiles, stride_unit, tile_config
@@ -90,12 +90,13 @@ def _filter_settings(
     return temperature, k, p, min_p, (temperature != 0) & ((k < V) | (p < 1) | (min_p > 0))
 
 
-@triton.jit(do_not_specialize=["rows", "V", "chunks", "stride_x", "stride_w", "stride_logits"])
+@triton.jit(do_not_specialize=["rows", "V", "chunks", "stride_x", "stride_w", "stride_logits", "stride_seen"])
 def exit_head_kernel(
-    x_ptr, w_ptr, bias_ptr, partial_ptr, best_token_ptr, logits_ptr, perturbed_ptr,
+    x_ptr, w_ptr, bias_ptr, partial_ptr, best_token_ptr, logits_ptr, perturbed_ptr, factor_ptr, seen_ptr,
     temperature_ptr, seed_ptr, position_ptr, stream_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
-    rows, V, chunks, stride_x, stride_w, stride_logits, logit_scale, softcap,
-    C: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SAMPLED: tl.constexpr, HAS_STREAM: tl.constexpr,
+    rows, V, chunks, stride_x, stride_w, stride_logits, stride_seen, logit_scale, softcap,
+    C: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PENALTY: tl.constexpr,
+    SAMPLED: tl.constexpr, HAS_STREAM: tl.constexpr,
     HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr, KEEP_LOGITS: tl.constexpr,
     TILES: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -122,6 +123,11 @@ def exit_head_kernel(
         logits *= logit_scale
         if HAS_SOFTCAP:
             logits = softcap * _tanh(logits / softcap)
+        if HAS_PENALTY:
+            factor = tl.load(factor_ptr + row, mask=inside, other=1.0)[:, None]
+            seen_at = seen_ptr + row[:, None] * stride_seen + token[None, :]
+            seen = tl.load(seen_at, mask=inside[:, None] & exists, other=0) != 0
+            logits = tl.where(seen, tl.where(logits < 0, logits * factor, tl.div_rn(logits, factor)), logits)
         logits = tl.where(exists, logits, _MINUS_INFINITY)
         scores = _without_nan(logits)
         largest = tl.max(scores, axis=1)
@@ -284,6 +290,7 @@ def exit_head(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    penalty: RepetitionPenalty | None = None,
     sampling: Sampling | None = None,
     logits_out: Tensor | None = None,
     out: ExitHead | None = None,
@@ -296,8 +303,12 @@ def exit_head(
         floats = (new(rows, dtype=torch.float32) for _ in range(2))
         out = ExitHead(new(rows, dtype=torch.int64), *floats)
     settings = sampling or Sampling(*(None,) * 7)
+    factor, seen = penalty or (None, None)
     check(hidden=hidden, lm_head=lm_head, bias=bias, logits_out=logits_out, **out._asdict())
-    check(**{f"sampling.{name}": value for name, value in settings._asdict().items()})
+    check(
+        **{f"sampling.{name}": value for name, value in settings._asdict().items()},
+        **{"penalty.factor": factor, "penalty.seen": seen},
+    )
     if not rows:
         return out
     x = rms_norm(hidden, norm_weight, eps)
@@ -320,14 +331,14 @@ def exit_head(
     stride_logits = 0 if logits is None else logits.stride(0)
     with guard(hidden):
         exit_head_kernel[(triton.cdiv(rows, ROWS * tiles), chunks)](
-            x, lm_head, bias, partial, best_token, logits, perturbed,
+            x, lm_head, bias, partial, best_token, logits, perturbed, factor, seen,
             settings.temperature, settings.seed, settings.position, settings.stream,
             settings.top_k, settings.top_p, settings.min_p,
             rows, vocab, chunks, x.stride(0) // unit, lm_head.stride(0) // unit, stride_logits,
-            float(logit_scale), float(softcap or 1.0),
-            C=width, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, SAMPLED=sampling is not None,
-            HAS_STREAM=settings.stream is not None, KEEP_LOGITS=logits_out is not None, TILES=tiles, UNIT=unit,
-            **has, **config, **EXACT,
+            0 if seen is None else seen.stride(0), float(logit_scale), float(softcap or 1.0),
+            C=width, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_PENALTY=penalty is not None,
+            SAMPLED=sampling is not None, HAS_STREAM=settings.stream is not None, KEEP_LOGITS=logits_out is not None,
+            TILES=tiles, UNIT=unit, **has, **config, **EXACT,
         )  # fmt: skip
         choose_kernel[(triton.cdiv(rows, CHOOSE_ROWS),)](
             partial, best_token, out.token, out.logprob, out.confidence, logits, perturbed,

@@ -6,7 +6,7 @@ from torch import Tensor
 from layerskip_kernels.native import _cpu
 from layerskip_kernels.native.cpu.quantized import quantization, stored
 from layerskip_kernels.native.tensor import address, dtype_code
-from layerskip_kernels.ops.exit_head import ExitHead, Sampling
+from layerskip_kernels.ops.exit_head import ExitHead, RepetitionPenalty, Sampling
 from layerskip_kernels.ops.quantized import QuantizedWeight
 
 
@@ -19,6 +19,7 @@ def exit_head(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    penalty: RepetitionPenalty | None = None,
     sampling: Sampling | None = None,
     logits_out: Tensor | None = None,
     out: ExitHead | None = None,
@@ -32,6 +33,7 @@ def exit_head(
             torch.empty(n, dtype=torch.float32),
             torch.empty(n, dtype=torch.float32),
         )
+    factor, seen = penalty or (None, None)
     fields = ()
     if sampling is not None:
         fields = tuple([0 if t is None else address(t, "sampling", "cpu") for t in sampling])
@@ -45,6 +47,9 @@ def exit_head(
         0 if bias is None else address(bias, "bias", "cpu"),
         logit_scale,
         softcap or 0.0,
+        0 if factor is None else address(factor, "penalty.factor", "cpu"),
+        0 if seen is None else address(seen, "penalty.seen", "cpu"),
+        0 if seen is None else seen.stride(0),
         fields,
         0 if logits_out is None else address(logits_out, "logits_out", "cpu"),
         0 if logits_out is None else logits_out.stride(0),

@@ -8,7 +8,7 @@ from layerskip_kernels.native.cuda import launch
 from layerskip_kernels.native.cuda.launch import address, optional
 from layerskip_kernels.native.cuda.rms_norm import rms_norm
 from layerskip_kernels.native.tensor import dtype_code
-from layerskip_kernels.ops.exit_head import ExitHead, Sampling
+from layerskip_kernels.ops.exit_head import ExitHead, RepetitionPenalty, Sampling
 
 _GREEDY = Sampling(*(None,) * len(Sampling._fields))
 
@@ -22,6 +22,7 @@ def exit_head(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    penalty: RepetitionPenalty | None = None,
     sampling: Sampling | None = None,
     logits_out: Tensor | None = None,
     out: ExitHead | None = None,
@@ -33,6 +34,7 @@ def exit_head(
         floats = (new(n, dtype=torch.float32) for _ in range(2))
         out = ExitHead(new(n, dtype=torch.int64), *floats)
     settings = sampling or _GREEDY
+    factor, seen = penalty or (None, None)
     logits = logits_out
     if logits is None and any(f is not None for f in (settings.top_k, settings.top_p, settings.min_p)):
         logits = new(n, vocab, dtype=torch.float32)
@@ -54,6 +56,9 @@ def exit_head(
         optional(bias, "bias"),
         logit_scale,
         softcap or 0.0,
+        optional(factor, "penalty.factor"),
+        optional(seen, "penalty.seen"),
+        0 if seen is None else seen.stride(0),
         [optional(value, f"sampling.{name}") for name, value in settings._asdict().items()],
         optional(logits, "logits_out"),
         0 if logits is None else logits.stride(0),
