@@ -18,7 +18,7 @@ from layerskip_kernels.native.cuda import launch
 
 TESTS = Path(__file__).parent
 GROUPS = {
-    "products": ("small_linear", "exit_head"),
+    "products": ("small_linear", "exit_head", "exit_head_penalty"),
     "others": (
         *("rms_norm", "swiglu", "rope_append", "kv_rollback"),
         *("verify_attention", "verify_tokens", "verify_rejection", "kernels_decode"),
@@ -53,7 +53,7 @@ def test_every_op_is_run():
     if library is not None:
         from layerskip_kernels.native.cuda import OPS
 
-        assert {op for ops in GROUPS.values() for op in ops} == {*OPS, "kernels_decode"}
+        assert {op for ops in GROUPS.values() for op in ops} == {*OPS, "kernels_decode", "exit_head_penalty"}
 
 
 def test_a_failed_launch_names_the_call(monkeypatch):

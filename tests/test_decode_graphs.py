@@ -82,6 +82,7 @@ OPTIONS = {
     "greedy": dict(eos_token_id=[]),
     "eos": dict(eos_token_id=list(range(0, 260, 23))),
     "sampled": dict(sample=True, temperature=0.9, top_k=40, seed=7, eos_token_id=[]),
+    "penalty": dict(repetition_penalty=1.4, eos_token_id=[]),
     "stop": dict(stop_strings=["a", "e"], eos_token_id=[]),
     "plain": dict(generation_strategy="autoregressive", eos_token_id=[11, 12]),
     "early_exit": dict(generation_strategy="early_exit", eos_token_id=[]),

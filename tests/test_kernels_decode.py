@@ -43,6 +43,14 @@ def test_samples_the_reference_tokens_with_and_without_speculation(kernels, mode
     assert plain.sequences == reference.sequences
 
 
+def test_penalizes_the_reference_tokens(kernels, model):
+    options = dict(max_new_tokens=NEW, repetition_penalty=1.5, eos_token_id=[])
+    reference = lk.SelfSpeculativeDecoder.from_model(model.cpu(), backend="reference")
+    expected = reference.generate(PROMPTS, **options, generation_strategy="autoregressive").sequences
+    decoder = decoder_of(model, kernels, exit_layer=2, num_speculations=2)
+    assert decoder.generate(PROMPTS, **options).sequences == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_speculation_changes_nothing_in_half_precision(kernels, dtype):
     model = tiny_model("smollm2", dtype=dtype, late_scale=0.05, num_hidden_layers=2)

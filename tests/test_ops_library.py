@@ -6,7 +6,7 @@ from op_inputs import Inputs, clone, same_bits, tensors
 
 import layerskip_kernels as lk
 from layerskip_kernels import ops
-from layerskip_kernels.ops import DecoderLayers, ExitHead, LayerWeights, Sampling, Verified
+from layerskip_kernels.ops import DecoderLayers, ExitHead, LayerWeights, RepetitionPenalty, Sampling, Verified
 from layerskip_kernels.registry import OP_NAMES
 
 B, T, H, G, D, C, V = 2, 3, 4, 2, 8, 16, 50
@@ -88,7 +88,8 @@ def exit_head(i):
     yield arguments, dict(eps=1e-5)
     yield arguments, dict(eps=1e-5, bias=i.randn(V), logit_scale=2.0, softcap=5.0, sampling=sampling(i))
     out = ExitHead(torch.zeros(3, dtype=torch.int64), torch.zeros(3), torch.zeros(3))
-    yield arguments, dict(eps=1e-5, logits_out=torch.zeros(3, V), out=out)
+    repetition = RepetitionPenalty(torch.full((3,), 1.5), i.ids(2, 3, V).to(torch.uint8))
+    yield arguments, dict(eps=1e-5, penalty=repetition, logits_out=torch.zeros(3, V), out=out)
 
 
 def verify_tokens(i):

@@ -25,7 +25,7 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-OTHER_FILES = ("kernels_decode", "triton_attention", "triton_library", "triton_philox")
+OTHER_FILES = ("exit_head_penalty", "kernels_decode", "triton_attention", "triton_library", "triton_philox")
 
 
 @pytest.mark.parametrize("name", [*sorted(triton.OPS), *OTHER_FILES])
