@@ -44,13 +44,18 @@ void verify_rejection(const py::tuple& round, Address draft_probs, Strides draft
   lk::verify_rejection(args);
 }
 
+// penalty: factor, first_seen, its stride, position, share; empty: none.
 // sampling: temperature, seed, position, stream, top_k, top_p, min_p; empty: greedy.
 void exit_head(Address hidden, int64_t hidden_stride, Address norm_weight, float eps, Address lm_head,
-               int64_t lm_head_stride, Address bias, float logit_scale, float softcap, Address penalty, Address seen,
-               int64_t seen_stride, const std::vector<Address>& sampling, Address logits_out, int64_t logits_stride, Address token, Address logprob, Address confidence, int64_t n,
+               int64_t lm_head_stride, Address bias, float logit_scale, float softcap, const std::vector<int64_t>& penalty,
+               const std::vector<Address>& sampling, Address logits_out, int64_t logits_stride, Address token, Address logprob, Address confidence, int64_t n,
                int64_t c, int64_t v, int dtype, int num_threads, const py::tuple& quantization) {
   const lk::Quantization lm_head_quantization = quantization_of(quantization);
   if (PyErr_Occurred()) throw py::error_already_set();
+  lk::PenaltyArgs p{};
+  if (!penalty.empty())
+    p = {pointer<float>(penalty.at(0)), pointer<uint8_t>(penalty.at(1)), penalty.at(2), pointer<uint8_t>(penalty.at(3)),
+         penalty.at(4)};
   lk::SamplingArgs s{};
   if (!sampling.empty())
     s = {pointer<float>(sampling.at(0)),   pointer<int64_t>(sampling.at(1)), pointer<int64_t>(sampling.at(2)),
@@ -58,7 +63,7 @@ void exit_head(Address hidden, int64_t hidden_stride, Address norm_weight, float
          pointer<float>(sampling.at(6))};
   py::gil_scoped_release release;
   lk::exit_head({pointer(hidden), hidden_stride, pointer(norm_weight), eps, pointer(lm_head), lm_head_stride, pointer(bias),
-                 logit_scale, softcap, {pointer<float>(penalty), pointer<uint8_t>(seen), seen_stride}, s, pointer<float>(logits_out), logits_stride, pointer<int64_t>(token),
+                 logit_scale, softcap, p, s, pointer<float>(logits_out), logits_stride, pointer<int64_t>(token),
                  pointer<float>(logprob), pointer<float>(confidence), n, c, v, lk::DType(dtype), num_threads,
                  lm_head_quantization});
 }

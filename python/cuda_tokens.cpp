@@ -33,12 +33,15 @@ Error verify_rejection(const Ints<14>& round, Address draft_probs, const Ints<2>
   return error_text(lk::cuda::verify_rejection(args, stream_of(stream)));
 }
 
+// penalty: factor, first_seen, its stride, position, share.
 // sampling: temperature, seed, position, stream, top_k, top_p, min_p.
 Error exit_head(Address hidden, int64_t hidden_stride, Address norm_weight, float eps, Address lm_head,
-                int64_t lm_head_stride, Address bias, float logit_scale, float softcap, Address penalty, Address seen,
-                int64_t seen_stride, const Ints<7>& sampling, Address logits, int64_t logits_stride, bool keep_logits,
+                int64_t lm_head_stride, Address bias, float logit_scale, float softcap, const Ints<5>& penalty,
+                const Ints<7>& sampling, Address logits, int64_t logits_stride, bool keep_logits,
                 Address partials, Address token, Address logprob, Address confidence, int64_t n, int64_t c, int64_t v,
                 int dtype, Address stream) {
+  const lk::cuda::PenaltyArgs p{pointer<float>(penalty[0]), pointer<uint8_t>(penalty[1]), penalty[2],
+                                pointer<uint8_t>(penalty[3]), penalty[4]};
   const lk::cuda::SamplingArgs s{pointer<float>(sampling[0]),   pointer<int64_t>(sampling[1]),
                                  pointer<int64_t>(sampling[2]), pointer<int64_t>(sampling[3]),
                                  pointer<int64_t>(sampling[4]), pointer<float>(sampling[5]),
@@ -46,7 +49,7 @@ Error exit_head(Address hidden, int64_t hidden_stride, Address norm_weight, floa
   py::gil_scoped_release release;
   return error_text(lk::cuda::exit_head(
       {pointer(hidden), hidden_stride, pointer(norm_weight), eps, pointer(lm_head), lm_head_stride, pointer(bias),
-       logit_scale, softcap, {pointer<float>(penalty), pointer<uint8_t>(seen), seen_stride}, s, pointer<float>(logits), logits_stride, keep_logits, pointer(partials),
+       logit_scale, softcap, p, s, pointer<float>(logits), logits_stride, keep_logits, pointer(partials),
        pointer<int64_t>(token), pointer<float>(logprob), pointer<float>(confidence), n, c, v, lk::DType(dtype)},
       stream_of(stream)));
 }

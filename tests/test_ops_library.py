@@ -88,7 +88,8 @@ def exit_head(i):
     yield arguments, dict(eps=1e-5)
     yield arguments, dict(eps=1e-5, bias=i.randn(V), logit_scale=2.0, softcap=5.0, sampling=sampling(i))
     out = ExitHead(torch.zeros(3, dtype=torch.int64), torch.zeros(3), torch.zeros(3))
-    repetition = RepetitionPenalty(torch.full((3,), 1.5), i.ids(2, 3, V).to(torch.uint8))
+    first_seen, position = i.ids(3, 1, V).to(torch.uint8), torch.arange(3, dtype=torch.uint8)
+    repetition = RepetitionPenalty(torch.full((3,), 1.5), first_seen, position)
     yield arguments, dict(eps=1e-5, penalty=repetition, logits_out=torch.zeros(3, V), out=out)
 
 

@@ -47,18 +47,21 @@ LK_INLINE vf logits_of(const ExitHeadArgs& a, vf dots, int64_t token, int64_t co
   return mul(cap, tanh(div(dots, cap)));
 }
 
-// Penalty on the logits of `count` tokens from `begin` on. Most are not seen, which eight bytes at once tell.
+// Penalty on the logits of `count` tokens from `begin` on. Most are never seen, which eight bytes at once tell.
 LK_INLINE void penalize(const PenaltyArgs& penalty, int64_t row, int64_t begin, int64_t count, float* logits) {
   const float factor = penalty.factor[row];
-  const uint8_t* seen = penalty.seen + row * penalty.seen_stride + begin;
-  for (int64_t i = 0; i < count; i += 8) {
-    uint64_t eight = 0;
-    const int64_t width = count - i < 8 ? count - i : 8;
-    std::memcpy(&eight, seen + i, size_t(width));
-    if (eight == 0) continue;
-    for (int64_t j = i; j < i + width; ++j)
-      if (seen[j]) logits[j] = logits[j] < 0 ? logits[j] * factor : logits[j] / factor;
+  const uint8_t* first_seen = penalty.first_seen + row / penalty.share * penalty.first_seen_stride + begin;
+  const uint8_t position = penalty.position[row];
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, first_seen + i, sizeof eight);
+    if (eight == ~uint64_t{0}) continue;
+    for (int64_t j = i; j < i + 8; ++j)
+      if (first_seen[j] <= position) logits[j] = logits[j] < 0 ? logits[j] * factor : logits[j] / factor;
   }
+  for (; i < count; ++i)
+    if (first_seen[i] <= position) logits[i] = logits[i] < 0 ? logits[i] * factor : logits[i] / factor;
 }
 
 // Index of the first score equal to `max`, the chunk's largest; 0 when there is none but NaN.

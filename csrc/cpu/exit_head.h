@@ -33,8 +33,10 @@ struct SamplingArgs {
 
 struct PenaltyArgs {
   const float* factor;  // [n], above 0. Null: no penalty
-  const uint8_t* seen;  // [n, v], rows seen_stride bytes apart; 0: not seen
-  int64_t seen_stride;
+  const uint8_t* first_seen;  // [n / share, v]: position from which on a token is seen; 255: never
+  int64_t first_seen_stride;
+  const uint8_t* position;  // [n], below 255
+  int64_t share;            // rows in a row of n that share a row of first_seen
 };
 
 struct ExitHeadArgs {

@@ -43,6 +43,9 @@ __device__ __forceinline__ bool is_filtered(const SamplingArgs& s, int64_t row, 
   return is_sampled(s, row) && ((s.top_k && s.top_k[row] > 0 && s.top_k[row] < vocab) || (s.top_p && s.top_p[row] < 1) ||
                                 (s.min_p && s.min_p[row] > 0));
 }
+__device__ __forceinline__ bool is_seen(const PenaltyArgs& p, int64_t row, int64_t token) {
+  return p.first_seen[row / p.share * p.first_seen_stride + token] <= p.position[row];
+}
 __device__ __forceinline__ NoiseKey key_of(const SamplingArgs& s, int64_t row) {
   return noise_key(s.seed[row], s.stream ? s.stream[row] : 0, s.position[row]);
 }
@@ -67,7 +70,7 @@ __global__ void __launch_bounds__(kLinearThreads, kTiles > 2 ? 1 : 2) exit_head_
     if (a.bias && exists) logit += widen(static_cast<const T*>(a.bias)[token]);
     logit *= a.logit_scale;
     if (a.softcap != 0) logit = a.softcap * tanhf(logit / a.softcap);
-    if (a.penalty.factor && exists && a.penalty.seen[row * a.penalty.seen_stride + token])
+    if (a.penalty.factor && exists && is_seen(a.penalty, row, token))
       logit = logit < 0 ? logit * a.penalty.factor[row] : logit / a.penalty.factor[row];
     if (!exists) logit = -kInfinity;
     if (a.logits && exists && (a.keep_logits || is_filtered(a.sampling, row, a.v)))

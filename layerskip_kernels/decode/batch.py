@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from layerskip_kernels.decode.controls import Controls
 
 
+NEVER = 255  # of `RepetitionPenalty.first_seen`
+
+
 @dataclass
 class SamplingOptions:
     """Sampling of one request; None in place of it means greedy."""
@@ -69,8 +72,9 @@ class Batch:
         self.seed = make(torch.int64)
         self.stream = make(torch.int64)
         self.repetition_penalty = make(torch.float32)
-        # [rows, more than V] uint8, 1: a token that the penalty holds for. The last column is no token's.
-        self.seen = torch.zeros(rows, (vocab_size // 16 + 1) * 16, dtype=torch.uint8, device=device)
+        # [rows, more than V] uint8, 0: a token that the penalty holds for, NEVER: one it doesn't. The last column is no
+        # token's. During a round a draft has the window position from which on it is seen.
+        self.first_seen = torch.full((rows, (vocab_size // 16 + 1) * 16), NEVER, dtype=torch.uint8, device=device)
         self._tensors = [t for t in vars(self).values() if isinstance(t, torch.Tensor)]
 
     def __len__(self) -> int:
@@ -87,8 +91,8 @@ class Batch:
         self.finished[row] = False
         self.repetition_penalty[row] = request.repetition_penalty
         if request.repetition_penalty != 1:
-            self.seen[row] = 0
-            self.seen[row, request.seen()] = 1
+            self.first_seen[row] = NEVER
+            self.first_seen[row, request.seen()] = 0
         if request.sampling is not None:
             for name, value in vars(request.sampling).items():
                 getattr(self, name)[row] = value

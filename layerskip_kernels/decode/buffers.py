@@ -102,13 +102,15 @@ class Round:
         if self.penalized:
             factor, repeated_factor = batch.repetition_penalty[:rows], matrix("factor", torch.float32)
             self.repeated.append((factor[:, None].expand(rows, window), repeated_factor))
-            self.seen_before = batch.seen[:rows]
-            self.seen = matrix("seen", torch.uint8, batch.seen.shape[1])  # with the drafts up to each position
-            self.seen_now = matrix("seen_now", torch.int64)
-            tokens = self.seen[..., : config.vocab_size]
-            self.draft_penalty = [RepetitionPenalty(factor, tokens[:, t]) for t in range(drafts)]
+            self.first_seen = batch.first_seen[:rows]
+            self.marked = matrix("marked", torch.int64)  # the tokens of `first_seen` that are changed
+            self.marks = matrix("marks", torch.uint8)  # and what is written there
+            positions = torch.arange(window, dtype=torch.uint8, device=batch.lengths.device)[:, None].repeat(1, rows)
+            seen = self.first_seen[:, : config.vocab_size]
+            self.draft_penalty = [RepetitionPenalty(factor, seen, positions[t]) for t in range(drafts)]
             if not buffers.logits:
-                self.verify_penalty = RepetitionPenalty(repeated_factor.view(-1), tokens.flatten(0, 1))
+                each = positions.T.flatten()
+                self.verify_penalty = RepetitionPenalty(repeated_factor.view(-1), seen, each)
 
         self.step_tokens, self.step_rows = self.tokens.unbind(1), self.exit_hidden.unbind(1)
         self.step_hidden = self.exit_hidden.split(1, dim=1)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from layerskip_kernels.decode.batch import Request
+from layerskip_kernels.decode.batch import NEVER, Request
 from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.model import Model
 from layerskip_kernels.ops import ExitHead, RepetitionPenalty, Sampling
@@ -54,9 +54,10 @@ def penalty_for(request: Request, vocab_size: int, device: torch.device) -> Repe
     """Penalty of the request's first token."""
     if request.repetition_penalty == 1:
         return None
-    seen = torch.zeros(1, vocab_size, dtype=torch.uint8, device=device)
-    seen[0, request.seen()] = 1
-    return RepetitionPenalty(torch.full((1,), request.repetition_penalty, device=device), seen)
+    first_seen = torch.full((1, vocab_size), NEVER, dtype=torch.uint8, device=device)
+    first_seen[0, request.seen()] = 0
+    position = torch.zeros(1, dtype=torch.uint8, device=device)
+    return RepetitionPenalty(torch.full((1,), request.repetition_penalty, device=device), first_seen, position)
 
 
 def sampling_for(request: Request, device: torch.device) -> Sampling | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from layerskip_kernels.decode.adaptation import Adaptation
+from layerskip_kernels.decode.batch import NEVER
 from layerskip_kernels.decode.buffers import Round
 from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.model import Model
@@ -79,7 +80,7 @@ def begin(model: Model, r: Round) -> None:
     if r.sampled:
         torch.add(r.positions, 1, out=r.next_positions)
     if r.penalized:
-        r.seen[:, 0].copy_(r.seen_before)
+        r.marked.copy_(r.pending[:, None])  # which is seen already
     for per_request, repeated in r.repeated:
         repeated.copy_(per_request)
 
@@ -125,10 +126,21 @@ def narrow(model: Model, r: Round, drafts: int) -> Round:
 
 
 def see(r: Round, t: int) -> None:
-    """What the repetition penalty of window position t holds for: the tokens up to there."""
+    """From window position t on, the repetition penalty holds for the draft there, too."""
     if r.penalized:
-        r.seen[:, t].copy_(r.seen[:, t - 1])
-        r.seen[:, t].scatter_(1, r.tokens[:, t : t + 1], 1)
+        token, mark = r.marked[:, t : t + 1], r.marks[:, t : t + 1]
+        token.copy_(r.tokens[:, t : t + 1])
+        torch.gather(r.first_seen, 1, token, out=mark).clamp_(max=t)
+        r.first_seen.scatter_(1, token, mark)
+
+
+def see_emitted(r: Round) -> None:
+    """The repetition penalty holds for the emitted tokens instead of the drafts."""
+    if r.penalized:
+        torch.gather(r.first_seen, 1, r.marked, out=r.marks).clamp_(max=1).mul_(NEVER)  # 0 stays, a draft goes
+        r.first_seen.scatter_(1, r.marked, r.marks)
+        torch.remainder(r.verified.tokens, r.first_seen.shape[1], out=r.marked)  # -1, no token, is the last column
+        r.first_seen.scatter_(1, r.marked, 0)
 
 
 def step(model: Model, cache: KVCache, r: Round, t: int, last_layer: int) -> None:
@@ -155,9 +167,7 @@ def accept(model: Model, r: Round, eos_ids: torch.Tensor, rejection: Rejection |
         model.ops.verify_tokens(r.tokens[:, 1:], r.target, r.num_draft, **ends)
     else:
         rejection.accept(model, r, **ends)
-    if r.penalized:  # -1, no token, is the last column
-        torch.remainder(r.verified.tokens, r.seen.shape[-1], out=r.seen_now)
-        r.seen_before.scatter_(1, r.seen_now, 1)
+    see_emitted(r)
     r.remaining.sub_(r.verified.num_emitted)
     # Of a sequence that had ended, which the host may not have seen yet, any token does.
     torch.sub(r.verified.num_emitted, 1, out=r.last).clamp_(min=0)

@@ -26,10 +26,18 @@ class Sampling(NamedTuple):
 
 
 class RepetitionPenalty(NamedTuple):
-    """Makes the tokens that a row has seen less likely (CTRL, arXiv 1909.05858; as transformers defines it)."""
+    """Makes the tokens that a row has seen less likely (CTRL, arXiv 1909.05858; as transformers defines it).
+
+    N / R rows in a row, the window of a sequence, share what was seen; those at later positions have seen more of it.
+    """
 
     factor: torch.Tensor  # [N] float32, above 0; 1: off
-    seen: torch.Tensor  # [N, V] uint8, 0: not seen
+    first_seen: torch.Tensor  # [R, V] uint8: window position from which on a token is seen; 255: never
+    position: torch.Tensor  # [N] uint8, below 255: the row's window position
+
+    def share(self, rows: int) -> int:
+        """N / R."""
+        return rows // max(len(self.first_seen), 1)
 
 
 class ExitHead(NamedTuple):
@@ -98,7 +106,10 @@ def exit_head(
         if not isinstance(penalty, RepetitionPenalty):
             raise TypeError(f"penalty: expected a RepetitionPenalty, got {type(penalty).__name__}")
         _check.tensor("penalty.factor", penalty.factor, (rows,), dtype=torch.float32, like=hidden)
-        _check.tensor("penalty.seen", penalty.seen, (rows, vocab), dtype=torch.uint8, like=hidden)
+        _check.tensor("penalty.first_seen", penalty.first_seen, (None, vocab), dtype=torch.uint8, like=hidden)
+        if penalty.share(rows) * len(penalty.first_seen) != rows:
+            raise ValueError(f"penalty.first_seen: {len(penalty.first_seen)} rows, expected a divisor of N = {rows}")
+        _check.tensor("penalty.position", penalty.position, (rows,), dtype=torch.uint8, like=hidden)
     if sampling is not None:
         if not isinstance(sampling, Sampling):
             raise TypeError(f"sampling: expected a Sampling, got {type(sampling).__name__}")
@@ -126,7 +137,7 @@ def exit_head(
             softcap,
             *(sampling or (None,) * 7),
             logits_out,
-            *(penalty or (None,) * 2),
+            *(penalty or (None,) * 3),
         )
         return ExitHead(*_library.into(out, result))
     return resolve("exit_head", hidden.device, hidden.dtype, quantized=quantized)(
@@ -161,7 +172,8 @@ def _kernel(
     min_p=None,
     logits_out=None,
     factor=None,
-    seen=None,
+    first_seen=None,
+    position_in_window=None,
 ):
     sampling = Sampling(temperature, seed, position, stream, top_k, top_p, min_p)
     return tuple(
@@ -173,7 +185,7 @@ def _kernel(
             bias=bias,
             logit_scale=logit_scale,
             softcap=softcap,
-            penalty=None if factor is None else RepetitionPenalty(factor, seen),
+            penalty=None if factor is None else RepetitionPenalty(factor, first_seen, position_in_window),
             sampling=None if temperature is None else sampling,
             logits_out=logits_out,
         )
@@ -193,7 +205,8 @@ _library.register(
     "exit_head(Tensor hidden, Tensor norm_weight, Tensor lm_head, float eps, Tensor? bias=None, "
     "float logit_scale=1.0, float? softcap=None, Tensor? temperature=None, Tensor? seed=None, "
     "Tensor? position=None, Tensor? stream=None, Tensor? top_k=None, Tensor? top_p=None, Tensor? min_p=None, "
-    "Tensor(a!)? logits_out=None, Tensor? factor=None, Tensor? seen=None) -> (Tensor, Tensor, Tensor)",
+    "Tensor(a!)? logits_out=None, Tensor? factor=None, Tensor? first_seen=None, Tensor? position_in_window=None) "
+    "-> (Tensor, Tensor, Tensor)",
     _kernel,
     _fake,
 )

@@ -45,8 +45,10 @@ def exit_head(
 def penalize(logits, penalty):
     """Logits of seen tokens divided by the row's factor where positive, multiplied by it where negative."""
     factor = penalty.factor[:, None]
+    first_seen = penalty.first_seen.repeat_interleave(penalty.share(len(logits)), dim=0)
+    seen = first_seen <= penalty.position[:, None]  # 255 is above all
     penalized = torch.where(logits < 0, logits * factor, logits / factor)
-    return torch.where(penalty.seen != 0, penalized, logits)
+    return torch.where(seen, penalized, logits)
 
 
 def lowest_argmax(scores):

@@ -90,19 +90,20 @@ def _filter_settings(
     return temperature, k, p, min_p, (temperature != 0) & ((k < V) | (p < 1) | (min_p > 0))
 
 
-@triton.jit(do_not_specialize=["rows", "V", "chunks", "stride_x", "stride_w", "stride_logits", "stride_seen"])
+@triton.jit(do_not_specialize=["rows", "V", "chunks", "stride_x", "stride_w", "stride_logits", "stride_seen", "share"])
 def exit_head_kernel(
-    x_ptr, w_ptr, bias_ptr, partial_ptr, best_token_ptr, logits_ptr, perturbed_ptr, factor_ptr, seen_ptr,
+    x_ptr, w_ptr, bias_ptr, partial_ptr, best_token_ptr, logits_ptr, perturbed_ptr, factor_ptr, seen_ptr, window_ptr,
     temperature_ptr, seed_ptr, position_ptr, stream_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
-    rows, V, chunks, stride_x, stride_w, stride_logits, stride_seen, logit_scale, softcap,
+    rows, V, chunks, stride_x, stride_w, stride_logits, stride_seen, share, logit_scale, softcap,
     C: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PENALTY: tl.constexpr,
     SAMPLED: tl.constexpr, HAS_STREAM: tl.constexpr,
     HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr, KEEP_LOGITS: tl.constexpr,
     TILES: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x is normed. partial: [4, rows, chunks] float32 (largest logit, sum of exponentials relative to it, best score,
-    logit of the best), best_token: [rows, chunks] int32. Filtered rows leave their logits, and their scores with the
-    noise on top in `perturbed` [rows, V]; KEEP_LOGITS: all rows leave their logits."""
+    logit of the best), best_token: [rows, chunks] int32. seen, window, share: fields of the `RepetitionPenalty`.
+    Filtered rows leave their logits, and their scores with the noise on top in `perturbed` [rows, V]; KEEP_LOGITS: all
+    rows leave their logits."""
     chunk = tl.program_id(1)
     token = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(0).to(tl.int64) * (TILES * _ROWS)
@@ -125,8 +126,9 @@ def exit_head_kernel(
             logits = softcap * _tanh(logits / softcap)
         if HAS_PENALTY:
             factor = tl.load(factor_ptr + row, mask=inside, other=1.0)[:, None]
-            seen_at = seen_ptr + row[:, None] * stride_seen + token[None, :]
-            seen = tl.load(seen_at, mask=inside[:, None] & exists, other=0) != 0
+            window = tl.load(window_ptr + row, mask=inside, other=0)[:, None]
+            seen_at = seen_ptr + (row // share * stride_seen)[:, None] + token[None, :]
+            seen = tl.load(seen_at, mask=inside[:, None] & exists, other=255) <= window
             logits = tl.where(seen, tl.where(logits < 0, logits * factor, tl.div_rn(logits, factor)), logits)
         logits = tl.where(exists, logits, _MINUS_INFINITY)
         scores = _without_nan(logits)
@@ -303,11 +305,11 @@ def exit_head(
         floats = (new(rows, dtype=torch.float32) for _ in range(2))
         out = ExitHead(new(rows, dtype=torch.int64), *floats)
     settings = sampling or Sampling(*(None,) * 7)
-    factor, seen = penalty or (None, None)
+    factor, first_seen, window = penalty or (None,) * 3
     check(hidden=hidden, lm_head=lm_head, bias=bias, logits_out=logits_out, **out._asdict())
     check(
         **{f"sampling.{name}": value for name, value in settings._asdict().items()},
-        **{"penalty.factor": factor, "penalty.seen": seen},
+        **{"penalty.factor": factor, "penalty.first_seen": first_seen, "penalty.position": window},
     )
     if not rows:
         return out
@@ -331,11 +333,12 @@ def exit_head(
     stride_logits = 0 if logits is None else logits.stride(0)
     with guard(hidden):
         exit_head_kernel[(triton.cdiv(rows, ROWS * tiles), chunks)](
-            x, lm_head, bias, partial, best_token, logits, perturbed, factor, seen,
+            x, lm_head, bias, partial, best_token, logits, perturbed, factor, first_seen, window,
             settings.temperature, settings.seed, settings.position, settings.stream,
             settings.top_k, settings.top_p, settings.min_p,
             rows, vocab, chunks, x.stride(0) // unit, lm_head.stride(0) // unit, stride_logits,
-            0 if seen is None else seen.stride(0), float(logit_scale), float(softcap or 1.0),
+            0 if penalty is None else first_seen.stride(0), 1 if penalty is None else penalty.share(rows),
+            float(logit_scale), float(softcap or 1.0),
             C=width, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_PENALTY=penalty is not None,
             SAMPLED=sampling is not None, HAS_STREAM=settings.stream is not None, KEEP_LOGITS=logits_out is not None,
             TILES=tiles, UNIT=unit, **has, **config, **EXACT,

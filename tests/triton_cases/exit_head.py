@@ -8,10 +8,10 @@ from layerskip_kernels.triton.linear_tile import MAX_TILES, tile_config
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLOATS = ("temperature_ptr", "top_p_ptr", "min_p_ptr")
 LONGS = ("seed_ptr", "position_ptr", "stream_ptr", "top_k_ptr")
-SIZES = ("rows", "V", "chunks", "stride_x", "stride_w", "stride_logits", "stride_seen")
+SIZES = ("rows", "V", "chunks", "stride_x", "stride_w", "stride_logits", "stride_seen", "share")
 FILTERS = ("HAS_TOP_K", "HAS_TOP_P", "HAS_MIN_P")
 SCRATCH = dict(partial_ptr="*fp32", best_token_ptr="*i32", logits_ptr="*fp32", perturbed_ptr="*fp32")
-PENALTY = dict(factor_ptr="*fp32", seen_ptr="*u8")
+PENALTY = dict(factor_ptr="*fp32", seen_ptr="*u8", window_ptr="*u8")
 SETTINGS = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(LONGS, "*i64")
 
 

@@ -33,7 +33,16 @@ def exit_head(
             torch.empty(n, dtype=torch.float32),
             torch.empty(n, dtype=torch.float32),
         )
-    factor, seen = penalty or (None, None)
+    repetition = ()
+    if penalty is not None:
+        factor, first_seen, position = penalty
+        repetition = (
+            address(factor, "penalty.factor", "cpu"),
+            address(first_seen, "penalty.first_seen", "cpu"),
+            first_seen.stride(0),
+            address(position, "penalty.position", "cpu"),
+            penalty.share(n),
+        )
     fields = ()
     if sampling is not None:
         fields = tuple([0 if t is None else address(t, "sampling", "cpu") for t in sampling])
@@ -47,9 +56,7 @@ def exit_head(
         0 if bias is None else address(bias, "bias", "cpu"),
         logit_scale,
         softcap or 0.0,
-        0 if factor is None else address(factor, "penalty.factor", "cpu"),
-        0 if seen is None else address(seen, "penalty.seen", "cpu"),
-        0 if seen is None else seen.stride(0),
+        repetition,
         fields,
         0 if logits_out is None else address(logits_out, "logits_out", "cpu"),
         0 if logits_out is None else logits_out.stride(0),

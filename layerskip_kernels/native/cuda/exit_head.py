@@ -34,7 +34,16 @@ def exit_head(
         floats = (new(n, dtype=torch.float32) for _ in range(2))
         out = ExitHead(new(n, dtype=torch.int64), *floats)
     settings = sampling or _GREEDY
-    factor, seen = penalty or (None, None)
+    repetition = [0] * 5
+    if penalty is not None:
+        factor, first_seen, position = penalty
+        repetition = [
+            address(factor, "penalty.factor"),
+            address(first_seen, "penalty.first_seen"),
+            first_seen.stride(0),
+            address(position, "penalty.position"),
+            penalty.share(n),
+        ]
     logits = logits_out
     if logits is None and any(f is not None for f in (settings.top_k, settings.top_p, settings.min_p)):
         logits = new(n, vocab, dtype=torch.float32)
@@ -56,9 +65,7 @@ def exit_head(
         optional(bias, "bias"),
         logit_scale,
         softcap or 0.0,
-        optional(factor, "penalty.factor"),
-        optional(seen, "penalty.seen"),
-        0 if seen is None else seen.stride(0),
+        repetition,
         [optional(value, f"sampling.{name}") for name, value in settings._asdict().items()],
         optional(logits, "logits_out"),
         0 if logits is None else logits.stride(0),
