@@ -4,13 +4,14 @@ import torch.nn.functional as F
 from conftest import assert_close, rotated
 
 from layerskip_kernels import reference
-from layerskip_kernels.ops import ExitHead, Sampling, exit_head, quantize
+from layerskip_kernels.ops import ExitHead, RepetitionPenalty, Sampling, exit_head, quantize
+from layerskip_kernels.reference.exit_head import penalize
 
 SHAPES = {"smollm2": (49152, 576), "llama3.2-1b": (128256, 2048)}
 EPS = 1e-5
 
 
-@pytest.mark.parametrize("draw", ["greedy", "sampled", "top_p"])
+@pytest.mark.parametrize("draw", ["greedy", "penalized", "sampled", "top_p"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [1, 4, 8])
 def bench_exit_head(row, backend, device, rows, shape, draw):
@@ -22,20 +23,26 @@ def bench_exit_head(row, backend, device, rows, shape, draw):
     heads = rotated(lambda: torch.randn(vocab, width, dtype=dtype, device=device) / width**0.5, size, device)
     index = torch.arange(rows, device=device)
     ones = torch.ones(rows, device=device)
-    sampling = None if draw == "greedy" else Sampling(0.7 * ones, index, index)
+    sampling = Sampling(0.7 * ones, index, index) if draw in ("sampled", "top_p") else None
     if draw == "top_p":
         sampling = sampling._replace(top_p=0.9 * ones)
+    penalty = None
+    if draw == "penalized":  # one window, 500 tokens before it
+        first_seen = torch.full((1, vocab), 255, dtype=torch.uint8, device=device)
+        first_seen[0, :: vocab // 500] = 0
+        penalty = RepetitionPenalty(1.1 * ones, first_seen, index.to(torch.uint8))
     if backend == "torch":
-        row([lambda h=h: _torch_head(hidden, norm, h, draw) for h in heads], size, device)
+        row([lambda h=h: _torch_head(hidden, norm, h, draw, penalty) for h in heads], size, device)
         return
-    expected = reference.exit_head(hidden, norm, heads[0], eps=EPS, sampling=sampling)
-    actual = exit_head(hidden, norm, heads[0], eps=EPS, sampling=sampling)
+    options = dict(eps=EPS, sampling=sampling, penalty=penalty)
+    expected = reference.exit_head(hidden, norm, heads[0], **options)
+    actual = exit_head(hidden, norm, heads[0], **options)
     assert_close(actual.confidence, expected.confidence, dtype)
     same = actual.token == expected.token
     assert same.sum() >= rows - 1  # the normed state is rounded: one near tie may fall the other way
     assert_close(actual.logprob[same], expected.logprob[same], dtype)
     out = ExitHead(torch.empty_like(index), torch.empty_like(ones), torch.empty_like(ones))
-    row([lambda h=h: exit_head(hidden, norm, h, eps=EPS, sampling=sampling, out=out) for h in heads], size, device)
+    row([lambda h=h: exit_head(hidden, norm, h, out=out, **options) for h in heads], size, device)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -55,10 +62,12 @@ def bench_quantized_head(row, backend, rows, shape, bits):
     row([lambda h=h: exit_head(hidden, norm, h, eps=EPS, out=out) for h in heads], head.nbytes)
 
 
-def _torch_head(hidden, norm, head, draw):
+def _torch_head(hidden, norm, head, draw, penalty):
     """What a decoder does without such a kernel."""
     logits = F.linear(F.rms_norm(hidden, norm.shape, norm, EPS), head)
-    if draw == "greedy":
+    if penalty is not None:
+        logits = penalize(logits.float(), penalty)
+    if draw in ("greedy", "penalized"):
         return logits.argmax(-1)
     logits = logits.float() / 0.7
     if draw == "sampled":
