@@ -36,13 +36,14 @@ def parses(source: str) -> bool:
 @click.command()
 @click.argument("checkpoint")
 @click.argument("heldout", type=click.Path(exists=True, dir_okay=False))
+@click.option("--repetition_penalty", type=float, help="Default: the checkpoint's.")
 @click.option("--show", type=int, default=0, help="Texts to print.")
-def main(checkpoint: str, heldout: str, show: int) -> None:
+def main(checkpoint: str, heldout: str, repetition_penalty: float | None, show: int) -> None:
     texts = pq.read_table(heldout)["text"].to_pylist()
     random.Random(0).shuffle(texts)
     prompts = [prompt for prompt in map(header, texts) if prompt][:PROMPTS]
     decoder = lk.SelfSpeculativeDecoder.from_pretrained(checkpoint)
-    result = decoder.generate(prompts, max_new_tokens=NEW_TOKENS)
+    result = decoder.generate(prompts, max_new_tokens=NEW_TOKENS, repetition_penalty=repetition_penalty)
     answers = [prompt + text for prompt, text in zip(prompts, result.text)]
     for answer in answers[:show]:
         click.echo(answer + "\n" + "-" * 20)

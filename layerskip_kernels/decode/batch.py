@@ -72,10 +72,10 @@ class Batch:
         self.seed = make(torch.int64)
         self.stream = make(torch.int64)
         self.repetition_penalty = make(torch.float32)
-        # [rows, more than V] uint8, 0: a token that the penalty holds for, NEVER: one it doesn't. The last column is no
-        # token's. During a round a draft has the window position from which on it is seen.
-        self.first_seen = torch.full((rows, (vocab_size // 16 + 1) * 16), NEVER, dtype=torch.uint8, device=device)
         self._tensors = [t for t in vars(self).values() if isinstance(t, torch.Tensor)]
+        # [rows, more than V] uint8, 0: a token of prompt or text, NEVER: another; the last column is no token's. Kept
+        # for rows with a penalty alone; see `Repetition`.
+        self.first_seen = torch.full((rows, (vocab_size // 16 + 1) * 16), NEVER, dtype=torch.uint8, device=device)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -103,7 +103,8 @@ class Batch:
         if dropped:
             keep = [i for i, r in enumerate(self.requests) if not r.finish_reason]
             index = torch.tensor(keep, dtype=torch.int64, device=self.lengths.device)
-            for tensor in self._tensors:
+            penalized = any(r.repetition_penalty != 1 for r in self.requests)
+            for tensor in [*self._tensors, *([self.first_seen] if penalized else [])]:
                 tensor[: len(keep)] = tensor[index]
             self.requests = [self.requests[i] for i in keep]
         return dropped

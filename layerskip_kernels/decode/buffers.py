@@ -4,7 +4,8 @@ import torch
 
 from layerskip_kernels.decode.batch import Batch
 from layerskip_kernels.decode.model import Model
-from layerskip_kernels.ops import ExitHead, RepetitionPenalty, Sampling, Verified
+from layerskip_kernels.decode.repetition import Repetition
+from layerskip_kernels.ops import ExitHead, Sampling, Verified
 
 _PER_REQUEST = ("temperature", "seed", "stream", "top_k", "top_p", "min_p")
 
@@ -51,8 +52,7 @@ class Round:
             return buffers.view(name, dtype, rows)[:, 0]
 
         self.buffers = buffers
-        self.drafts, self.window = drafts, window
-        self.sampled, self.penalized = buffers.sampled, buffers.penalized
+        self.drafts, self.window, self.sampled = drafts, window, buffers.sampled
         self.lengths, self.slot_ids = batch.lengths[:rows], batch.slot_ids[:rows]
         self.pending, self.remaining, self.finished = (
             t[:rows] for t in (batch.pending, batch.remaining, batch.finished)
@@ -86,31 +86,20 @@ class Round:
             vector("num_accepted", torch.int32),
             self.finished,
         )
-        self.repeated: list[tuple[torch.Tensor, torch.Tensor]] = []  # (of each sequence, of each window position)
         self.draft_sampling = self.verify_sampling = None
         if self.sampled:
             fields = {name: getattr(batch, name)[:rows] for name in _PER_REQUEST}
             repeated = {name: matrix(f"repeated_{name}", t.dtype) for name, t in fields.items()}
-            self.repeated += [(fields[name][:, None].expand(rows, window), t) for name, t in repeated.items()]
+            self.repeated = [(fields[name][:, None].expand(rows, window), t) for name, t in repeated.items()]
             self.next_positions = matrix("next_positions", torch.int64)
             self.draft_sampling = Sampling(position=vector("draft_position", torch.int64), **fields)
             self.verify_sampling = Sampling(
                 position=self.next_positions.view(-1), **{name: t.view(-1) for name, t in repeated.items()}
             )
 
-        self.draft_penalty, self.verify_penalty = [None] * drafts, None
-        if self.penalized:
-            factor, repeated_factor = batch.repetition_penalty[:rows], matrix("factor", torch.float32)
-            self.repeated.append((factor[:, None].expand(rows, window), repeated_factor))
-            self.first_seen = batch.first_seen[:rows]
-            self.marked = matrix("marked", torch.int64)  # the tokens of `first_seen` that are changed
-            self.marks = matrix("marks", torch.uint8)  # and what is written there
-            positions = torch.arange(window, dtype=torch.uint8, device=batch.lengths.device)[:, None].repeat(1, rows)
-            seen = self.first_seen[:, : config.vocab_size]
-            self.draft_penalty = [RepetitionPenalty(factor, seen, positions[t]) for t in range(drafts)]
-            if not buffers.logits:
-                each = positions.T.flatten()
-                self.verify_penalty = RepetitionPenalty(repeated_factor.view(-1), seen, each)
+        self.repetition = None
+        if buffers.penalized:
+            self.repetition = Repetition(batch, rows, window, config.vocab_size, matrix)
 
         self.step_tokens, self.step_rows = self.tokens.unbind(1), self.exit_hidden.unbind(1)
         self.step_hidden = self.exit_hidden.split(1, dim=1)

@@ -50,11 +50,13 @@ class ProfiledModel:
         name = self._name("layers", last == self._exit_layer)
         self._timed(name, self._model.run_layers, size)(first, last, *args, **where)
 
-    def head(self, *args: Any) -> None:
-        self._timed(self._name("head", False), self._model.head, self._model.weights.lm_head.nbytes)(*args)
+    def head(self, *args: Any, **options: Any) -> None:
+        size = self._model.weights.lm_head.nbytes
+        self._timed(self._name("head", False), self._model.head, size)(*args, **options)
 
-    def draft_head(self, *args: Any) -> None:
-        self._timed(self._name("head", True), self._model.draft_head, self._model.draft_weight.nbytes)(*args)
+    def draft_head(self, *args: Any, **options: Any) -> None:
+        size = self._model.draft_weight.nbytes
+        self._timed(self._name("head", True), self._model.draft_head, size)(*args, **options)
 
     def _name(self, part: str, drafts: bool) -> str:
         if self._exit_layer is None:

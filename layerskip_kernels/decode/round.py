@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 
 from layerskip_kernels.decode.adaptation import Adaptation
-from layerskip_kernels.decode.batch import NEVER
 from layerskip_kernels.decode.buffers import Round
 from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.model import Model
@@ -79,10 +78,10 @@ def begin(model: Model, r: Round) -> None:
         model.rope.rows(r.positions, out=r.inv_freq, index=r.rope_index)
     if r.sampled:
         torch.add(r.positions, 1, out=r.next_positions)
-    if r.penalized:
-        r.marked.copy_(r.pending[:, None])  # which is seen already
-    for per_request, repeated in r.repeated:
-        repeated.copy_(per_request)
+        for per_request, repeated in r.repeated:
+            repeated.copy_(per_request)
+    if r.repetition:
+        r.repetition.begin(r.pending)
 
 
 def draft(
@@ -101,9 +100,11 @@ def draft(
         else:
             if r.sampled:
                 r.draft_sampling.position.copy_(r.next_positions[:, t])
-            model.draft_head(r.step_rows[t], r.draft_sampling, r.draft_head, None, r.draft_penalty[t])
+            penalty = r.repetition and r.repetition.drafts[t]
+            model.draft_head(r.step_rows[t], r.draft_sampling, r.draft_head, penalty=penalty)
             r.step_tokens[t + 1].copy_(r.draft_head.token)
-            see(r, t + 1)
+            if r.repetition:
+                r.repetition.add_draft(t + 1, r.draft_head.token)
         if adaptation is not None and adaptation.stops(r, t):
             r = narrow(model, r, t + 1)
             break
@@ -120,27 +121,10 @@ def narrow(model: Model, r: Round, drafts: int) -> Round:
     r.tokens.copy_(tokens)
     r.exit_hidden[:, :drafts] = hidden
     r.num_draft.copy_(num_draft)
-    for t in range(1, drafts + 1):
-        see(r, t)
+    if r.repetition:
+        for t in range(1, drafts + 1):
+            r.repetition.add_draft(t, r.step_tokens[t])
     return r
-
-
-def see(r: Round, t: int) -> None:
-    """From window position t on, the repetition penalty holds for the draft there, too."""
-    if r.penalized:
-        token, mark = r.marked[:, t : t + 1], r.marks[:, t : t + 1]
-        token.copy_(r.tokens[:, t : t + 1])
-        torch.gather(r.first_seen, 1, token, out=mark).clamp_(max=t)
-        r.first_seen.scatter_(1, token, mark)
-
-
-def see_emitted(r: Round) -> None:
-    """The repetition penalty holds for the emitted tokens instead of the drafts."""
-    if r.penalized:
-        torch.gather(r.first_seen, 1, r.marked, out=r.marks).clamp_(max=1).mul_(NEVER)  # 0 stays, a draft goes
-        r.first_seen.scatter_(1, r.marked, r.marks)
-        torch.remainder(r.verified.tokens, r.first_seen.shape[1], out=r.marked)  # -1, no token, is the last column
-        r.first_seen.scatter_(1, r.marked, 0)
 
 
 def step(model: Model, cache: KVCache, r: Round, t: int, last_layer: int) -> None:
@@ -156,8 +140,10 @@ def verify(model: Model, cache: KVCache, r: Round, exit_layer: int, sampling: Sa
 
 
 def choose(model: Model, r: Round, sampling: Sampling | None) -> None:
-    logits = None if r.logits is None else r.logits.flatten(0, 1)
-    model.head(r.exit_rows, sampling, r.verify_head, logits, r.verify_penalty)
+    if r.logits is None:
+        model.head(r.exit_rows, sampling, r.verify_head, penalty=r.repetition and r.repetition.verify)
+    else:  # raw ones; `control` penalizes, if anything does
+        model.head(r.exit_rows, sampling, r.verify_head, r.logits.flatten(0, 1))
 
 
 def accept(model: Model, r: Round, eos_ids: torch.Tensor, rejection: Rejection | None = None) -> None:
@@ -167,7 +153,8 @@ def accept(model: Model, r: Round, eos_ids: torch.Tensor, rejection: Rejection |
         model.ops.verify_tokens(r.tokens[:, 1:], r.target, r.num_draft, **ends)
     else:
         rejection.accept(model, r, **ends)
-    see_emitted(r)
+    if r.repetition:
+        r.repetition.end(r.verified.tokens)
     r.remaining.sub_(r.verified.num_emitted)
     # Of a sequence that had ended, which the host may not have seen yet, any token does.
     torch.sub(r.verified.num_emitted, 1, out=r.last).clamp_(min=0)
