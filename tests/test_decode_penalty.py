@@ -63,6 +63,12 @@ def test_drafts_are_penalized_too(model):
     assert outside.stats.acceptance_rate < 0.9
 
 
+def test_rejection_at_temperature_0_gives_the_greedy_text(decoder):
+    options = dict(SAMPLED, temperature=0.0, repetition_penalty=1.5)
+    expected = decoder.generate(PROMPTS, **GREEDY, repetition_penalty=1.5).sequences
+    assert decoder.generate(PROMPTS, **options, verification="rejection").sequences == expected
+
+
 def test_raw_logits_stay_raw(decoder):
     options = dict(GREEDY, max_new_tokens=1, output_logits=True)
     penalized, plain = (decoder.generate(PROMPTS, **options, repetition_penalty=p) for p in (2.0, 1.0))

@@ -94,7 +94,7 @@ def test_streams_and_keeps_logits(model, decoder):
         (dict(generation_strategy="autoregressive"), "it needs sample=True and generation_strategy='self_spec"),
         (dict(generation_strategy=torch.zeros(3)), "it needs sample=True and generation_strategy='self_speculative'"),
         (dict(generation_strategy="early_exit"), "it needs sample=True and generation_strategy='self_spec"),
-        (dict(repetition_penalty=1.2), "verification='rejection': works without logits_processor"),
+        (dict(repetition_penalty=1.2, output_logits=True), "without output_logits where there is a repetition_penalty"),
         (dict(min_new_tokens=3, eos_token_id=2), "verification='rejection': works without logits_processor"),
         (dict(stopping_criteria=lambda ids, scores: False), "verification='rejection': works without logits_proc"),
     ],

@@ -26,6 +26,7 @@ FILTERS = {
     "top-p": dict(temperature=2.0, top_p=0.7),
     "min-p": dict(temperature=2.0, top_p=1.0, min_p=0.15),
     "all": dict(temperature=3.0, top_k=4, top_p=0.8, min_p=0.05),
+    "penalty": dict(temperature=1.3, top_p=0.9, repetition_penalty=1.6),
 }
 WAYS = {
     "coupled": {},
@@ -67,9 +68,10 @@ def decoder():
     return lk.SelfSpeculativeDecoder.from_model(model(), exit_layer=1, num_speculations=3, max_batch_size=ROWS)
 
 
-def expected(temperature, top_k=0, top_p=1.0, min_p=0.0):
-    """[V³, V] probabilities after each triple, by transformers' warpers."""
+def expected(temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    """[V³, V] probabilities after each triple, by transformers' warpers; of the penalty, once every token was seen."""
     from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers.generation import RepetitionPenaltyLogitsProcessor
 
     warpers = LogitsProcessorList()
     if top_k:
@@ -78,7 +80,11 @@ def expected(temperature, top_k=0, top_p=1.0, min_p=0.0):
         warpers.append(TopPLogitsWarper(top_p))
     if min_p:
         warpers.append(MinPLogitsWarper(min_p))
-    return warpers(None, logits_after_triples() / temperature).softmax(-1)
+    logits = logits_after_triples()
+    if repetition_penalty != 1:
+        everything = torch.arange(VOCAB).repeat(len(TRIPLES), 1)
+        logits = RepetitionPenaltyLogitsProcessor(repetition_penalty)(everything, logits)
+    return warpers(None, logits / temperature).softmax(-1)
 
 
 def counts(sequences, prompt) -> torch.Tensor:
@@ -112,8 +118,9 @@ def chance(found: torch.Tensor, probs: torch.Tensor) -> float:
 
 def chance_of(decoder, filters, rows=ROWS, new=NEW, **options) -> float:
     prompt = [1, 2, 3]
+    seen = [0, 4] if "repetition_penalty" in filters else []
     result = decoder.generate(
-        [prompt] * rows, max_new_tokens=new, sample=True, seed=11, eos_token_id=[], **{**filters, **options}
+        [seen + prompt] * rows, max_new_tokens=new, sample=True, seed=11, eos_token_id=[], **{**filters, **options}
     )
     assert all(len(tokens) == new for tokens in result.sequences)
     if options.get("generation_strategy") != "autoregressive":

@@ -230,7 +230,7 @@ class SelfSpeculativeDecoder:
             verification: of sampled drafts. "coupled": drafts share the model's noise, and are accepted where they are
                 its own tokens. "rejection": speculative sampling as in the literature, to compare with; the same
                 distribution, but the text depends on the exit layer and `num_speculations`, and logits processors,
-                penalties and stopping criteria are not available.
+                `min_new_tokens` and stopping criteria are not available.
             rejection_method: "standard" (the default; Leviathan et al., arXiv 2211.17192) or "block" (Sun et al., arXiv
                 2403.10444), which accepts more.
             draft_confidence: of self-speculative decoding: a draft ends after a token whose exit gave no token this
@@ -272,8 +272,9 @@ class SelfSpeculativeDecoder:
         arguments.true_or_false("profile", profile)
         if profile and self.device.type != "cpu":
             raise ValueError(f"profile=True: phases are timed on the CPU alone, this model is on {self.device}")
-        processed = processing.needed or processing.repetition_penalty != 1
-        rejection = rejection_of(verification, rejection_method, requests, sample, generation_strategy, processed)
+        rejection = rejection_of(
+            verification, rejection_method, requests, sample, generation_strategy, processing.needed
+        )
         stats = self.run(
             requests,
             generation_strategy=generation_strategy,

@@ -60,7 +60,8 @@ class Generation:
         self.control = self._control if requests[0].controls else None
         self.rejection = rejection
         controlled = self.control is not None and requests[0].controls.needs_logits
-        self.needs_logits = output_logits or controlled or rejection is not None
+        self.first_logits = output_logits or controlled
+        self.needs_logits = self.first_logits or rejection is not None
         penalized = any(request.repetition_penalty != 1 for request in requests)
         self.buffers, self.graphs = workspace.rounds(
             self.drafts, sampled=sampled, penalized=penalized, logits=self.needs_logits
@@ -101,7 +102,7 @@ class Generation:
             rows = [sampling_for(request, self.model.device) for request in requests]
             sampling = rows[0] and Sampling(*(torch.cat(fields) for fields in zip(*rows)))
             tokens = requests[0].controls.first(
-                list(tokens), torch.cat(logits) if self.needs_logits else None, sampling
+                list(tokens), torch.cat(logits) if self.first_logits else None, sampling
             )
         self.stats.prefill_seconds += time.perf_counter() - started
         self.stats.tokens += len(requests)
@@ -117,7 +118,7 @@ class Generation:
         if self.streamer is not None:
             self.streamer.put(torch.tensor(request.prompt))
         logits = None
-        if self.needs_logits:
+        if self.first_logits:
             logits = torch.empty(1, self.model.config.vocab_size, device=self.model.device)
         token, logprob = prefill(self.model, self.cache, request, self.last_layer, self.deterministic_prefill, logits)
         return token, logprob, logits

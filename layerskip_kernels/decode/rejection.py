@@ -13,7 +13,7 @@ from layerskip_kernels.decode.buffers import Round
 from layerskip_kernels.decode.model import Model
 from layerskip_kernels.ops import Sampling
 from layerskip_kernels.ops.verify_rejection import METHODS
-from layerskip_kernels.reference.exit_head import lowest_argmax, process
+from layerskip_kernels.reference.exit_head import lowest_argmax, penalize, process
 from layerskip_kernels.reference.gumbel import random_words
 
 VERIFICATIONS = ("coupled", "rejection")
@@ -47,12 +47,17 @@ class Rejection:
     def draw(self, model: Model, r: Round, t: int) -> torch.Tensor:
         """Draft t of each row, [B] int64."""
         logits = self.draft_probs[:, t]
-        model.draft_head(r.exit_hidden[:, t], None, r.draft_head, logits)
+        model.draft_head(
+            r.exit_hidden[:, t], None, r.draft_head, logits, penalty=r.repetition and r.repetition.drafts[t]
+        )
         logits.copy_(self._probabilities(logits, r.draft_sampling))
         return draw(logits, self.draft_uniforms[:, t])
 
     def accept(self, model: Model, r: Round, **ends: Any) -> None:
-        target_probs = self._probabilities(r.logits.flatten(0, 1), r.verify_sampling).view_as(r.logits)
+        logits = r.logits.flatten(0, 1)
+        if r.repetition:
+            logits = penalize(logits, r.repetition.verify)
+        target_probs = self._probabilities(logits, r.verify_sampling).view_as(r.logits)
         model.ops.verify_rejection(
             r.tokens[:, 1:],
             self.draft_probs[:, : r.drafts],  # which the round may have got fewer of
@@ -85,8 +90,8 @@ def rejection_of(
         )
     if processed:
         raise ValueError(
-            "verification='rejection': works without logits_processor, stopping_criteria, min_new_tokens and "
-            "repetition_penalty (1, where the checkpoint has one), choose verification='coupled'"
+            "verification='rejection': works without logits_processor, stopping_criteria and min_new_tokens, and "
+            "without output_logits where there is a repetition_penalty; choose verification='coupled'"
         )
     return Rejection(method or "standard", requests)
 

@@ -103,8 +103,8 @@ def draft(
             penalty = r.repetition and r.repetition.drafts[t]
             model.draft_head(r.step_rows[t], r.draft_sampling, r.draft_head, penalty=penalty)
             r.step_tokens[t + 1].copy_(r.draft_head.token)
-            if r.repetition:
-                r.repetition.add_draft(t + 1, r.draft_head.token)
+        if r.repetition:
+            r.repetition.add_draft(t + 1, r.step_tokens[t + 1])
         if adaptation is not None and adaptation.stops(r, t):
             r = narrow(model, r, t + 1)
             break
@@ -142,7 +142,7 @@ def verify(model: Model, cache: KVCache, r: Round, exit_layer: int, sampling: Sa
 def choose(model: Model, r: Round, sampling: Sampling | None) -> None:
     if r.logits is None:
         model.head(r.exit_rows, sampling, r.verify_head, penalty=r.repetition and r.repetition.verify)
-    else:  # raw ones; `control` penalizes, if anything does
+    else:  # raw ones; `control` or `rejection` penalizes
         model.head(r.exit_rows, sampling, r.verify_head, r.logits.flatten(0, 1))
 
 
