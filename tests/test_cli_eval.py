@@ -98,11 +98,12 @@ def test_speculation_changes_no_score():
         found.append((result.stdout, *reports(out)))
     (shown, drafted, answers), (_, plain, plain_answers) = found
     assert drafted["results"] == plain["results"]
-    score = drafted["results"]["python_lines"]["exact_match,none"]
-    assert score == pytest.approx(4 / 6) and f"{score:.4f}" in shown
     rows, plain_rows = answers["python_lines"], plain_answers["python_lines"]
+    right = sum(row["resps"] == [[row["doc"]["end"]]] for row in rows)
+    score = drafted["results"]["python_lines"]["exact_match,none"]
+    assert 3 <= right < 6 and score == pytest.approx(right / 6) and f"{score:.4f}" in shown
     assert [row["resps"] for row in rows] == [row["resps"] for row in plain_rows]
-    assert ["read(path)"] in rows[0]["resps"]
+    assert all(text and "\n" not in text for row in rows for (text,) in row["resps"])
     made = drafted["config"]["layerskip"]["generation"]
     assert made["answers"] == 6 and 0 < made["acceptance_rate"] <= 1 < made["tokens_per_round"]
     assert f"{made['acceptance_rate']:.1%}" in shown and f"{made['tokens_per_round']:.2f}" in shown
@@ -162,7 +163,9 @@ def test_interrupted_it_writes_nothing_and_goes_on_from_the_cache(monkeypatch):
             raise KeyboardInterrupt
         start(self, requests)
 
-    arguments = ["--tasks", "python_lines.yaml", "--max_batch_size", 1, "--use_cache", "answers"]
+    arguments = ["--tasks", "python_lines.yaml", "--max_batch_size", 1]
+    assert run(*arguments, "--output_dir", "whole").exit_code == 0
+    arguments += ["--use_cache", "answers"]
     monkeypatch.setattr(Generation, "_start", interrupted)
     result = run(*arguments)
     assert result.exit_code == 130 and "interrupted" in result.stderr, result.output
@@ -172,7 +175,7 @@ def test_interrupted_it_writes_nothing_and_goes_on_from_the_cache(monkeypatch):
     assert result.exit_code == 0, result.output
     found = reports("logs")
     assert found["config"]["layerskip"]["generation"]["answers"] == 6 - 2
-    assert found["results"]["python_lines"]["exact_match,none"] == pytest.approx(4 / 6)
+    assert found["results"] == reports("whole")["results"]
 
 
 def test_the_examples_work_as_printed():

@@ -89,7 +89,7 @@ VALID = {
     "top_p": {"1"},
     "min_p": {"0", "1"},
     "seed": {"None", "0", "-1", "1", "2**31", "[-1]", "[10**6]", "tensor [1]"},
-    "repetition_penalty": {"1", "1.5", "2**31", "2**63"},
+    "repetition_penalty": {"None", "1", "1.5", "2**31", "2**63"},
     "min_new_tokens": {"0", "1", "2**31", "2**63", "10**400"},
     "logits_processor": {"None", "[]", "()"},
     "stopping_criteria": {"None", "[]", "()"},

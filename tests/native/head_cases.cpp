@@ -17,7 +17,10 @@ void head(int num_threads) {
     const auto hidden = random_buffer<T>(span(n, stride, c), 1), norm = random_buffer<T>(c, 2);
     const auto w = random_buffer<T>(span(v, stride, c), 3), bias = random_buffer<T>(v, 4);
     Random random(5);
-    Buffer<float> temperature(n), top_p(n), min_p(n), logits(n * v);
+    Buffer<float> temperature(n), top_p(n), min_p(n), logits(n * v), factor(n);
+    const int64_t share = 2;  // rows of `first_seen`, which lie one byte apart
+    Buffer<uint8_t> first_seen(span((n + share - 1) / share, v + 1, v)), window_position(n);
+    for (int64_t i = 0; i < first_seen.size; ++i) first_seen[i] = random.below(2) ? 255 : uint8_t(random.below(4));
     Buffer<int64_t> seed(n), position(n), stream(n), top_k(n);
     for (int64_t i = 0; i < n; ++i) {
       temperature[i] = i % 3 == 1 ? 0 : 0.3f + random.uniform();
@@ -27,8 +30,11 @@ void head(int num_threads) {
       seed[i] = int64_t(uint64_t(random.bits()) << 32 | random.bits());
       position[i] = random.bits();
       stream[i] = -i;
+      factor[i] = 0.5f + random.uniform();
+      window_position[i] = uint8_t(random.below(4));
     }
-    // Greedy; plain draws; filters, with and without logits_out; all that with a head in 8 or 4 bits.
+    // Greedy; plain draws; filters, with and without logits_out; all that with a head in 8 or 4 bits; two of four
+    // with a repetition penalty.
     const int64_t even = c / 2 * 2;
     const Quantized heads[] = {{v, even, 8, 64, true, 6}, {v, even, 4, 64, false, 7}};
     for (int how = 0; how < 8; ++how) {
@@ -36,13 +42,21 @@ void head(int num_threads) {
       if (q && !even) continue;
       const void* lm_head = q ? static_cast<const void*>(q->values.data.get()) : w.data.get();
       auto run = [&](int64_t first, int64_t count, Result& out, float* logits_out, int threads) {
-        lk::SamplingArgs s{};
+        lk::ExitHeadArgs a{};
+        a.hidden = hidden + first * stride, a.hidden_stride = stride, a.norm_weight = norm, a.eps = 1e-5f;
+        a.lm_head = lm_head, a.lm_head_stride = q ? q->stride : stride, a.bias = how % 2 ? nullptr : bias.data.get();
+        a.logit_scale = 0.5f, a.softcap = how == 1 ? 30.f : 0.f;
+        if (how % 4 % 3)
+          a.penalty = {factor + first, first_seen + first / share * (v + 1), v + 1, window_position + first,
+                       count == 1 ? 1 : share};
+        lk::SamplingArgs& s = a.sampling;
         if (how % 4 > 0) s = {temperature + first, seed + first, position + first, stream + first, nullptr, nullptr, nullptr};
         if (how % 4 > 1) s.top_k = top_k + first, s.top_p = top_p + first, s.min_p = min_p + first;
-        lk::exit_head({hidden + first * stride, stride, norm, 1e-5f, lm_head, q ? q->stride : stride,
-                       how % 2 ? nullptr : bias.data.get(), 0.5f, how == 1 ? 30.f : 0.f, s, logits_out, v, out.token,
-                       out.logprob, out.confidence, count, q ? even : c, v, dtype_of<T>, threads,
-                       q ? q->format : lk::Quantization{}});
+        a.logits_out = logits_out, a.logits_stride = v;
+        a.token = out.token, a.logprob = out.logprob, a.confidence = out.confidence;
+        a.n = count, a.c = q ? even : c, a.v = v, a.dtype = dtype_of<T>, a.num_threads = threads;
+        if (q) a.quantization = q->format;
+        lk::exit_head(a);
       };
       Result all(n);
       run(0, n, all, how % 4 == 3 ? logits.data.get() : nullptr, num_threads);

@@ -34,12 +34,15 @@ void run_products(DType dtype) {
 
   const std::vector<float> temperature(m, 1.0f), top_p(m, 0.7f), min_p(m, 0.05f);
   const std::vector<int64_t> seed(m, 5), top_k(m, 9);
+  const std::vector<float> factor(m, 1.2f);
+  const std::vector<uint8_t> first_seen(n, 1), window_position{0, 1};
   std::vector<float> logits(m * n), logprob(m), confidence(m);
   std::vector<int64_t> token(m);
   std::vector<char> partials(size_t(m) * 2 * kPartialBytes);
   ExitHeadArgs head{};
   head.hidden = x.data(), head.hidden_stride = c, head.norm_weight = norm.data(), head.eps = 1e-5f;
   head.lm_head = w.data(), head.lm_head_stride = c, head.logit_scale = 1;
+  head.penalty = {factor.data(), first_seen.data(), n, window_position.data(), m};
   head.sampling = {temperature.data(), seed.data(), seed.data(), nullptr, top_k.data(), top_p.data(), min_p.data()};
   head.logits = logits.data(), head.logits_stride = n, head.partials = partials.data();
   head.token = token.data(), head.logprob = logprob.data(), head.confidence = confidence.data();
