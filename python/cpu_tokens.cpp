@@ -46,11 +46,16 @@ void verify_rejection(const py::tuple& round, Address draft_probs, Strides draft
 
 // penalty: factor, first_seen, its stride, position, share; empty: none.
 // sampling: temperature, seed, position, stream, top_k, top_p, min_p; empty: greedy.
+// screen: address of the weight, its stride, error; empty: none.
 void exit_head(Address hidden, int64_t hidden_stride, Address norm_weight, float eps, Address lm_head,
                int64_t lm_head_stride, Address bias, float logit_scale, float softcap, const std::vector<int64_t>& penalty,
                const std::vector<Address>& sampling, Address logits_out, int64_t logits_stride, Address token, Address logprob, Address confidence, int64_t n,
-               int64_t c, int64_t v, int dtype, int num_threads, const py::tuple& quantization) {
+               int64_t c, int64_t v, int dtype, int num_threads, const py::tuple& quantization,
+               const std::vector<int64_t>& screen, const py::tuple& screen_quantization) {
   const lk::Quantization lm_head_quantization = quantization_of(quantization);
+  lk::ScreenArgs screened{};
+  if (!screen.empty())
+    screened = {pointer(screen.at(0)), screen.at(1), quantization_of(screen_quantization), pointer<float>(screen.at(2))};
   if (PyErr_Occurred()) throw py::error_already_set();
   lk::PenaltyArgs p{};
   if (!penalty.empty())
@@ -65,7 +70,7 @@ void exit_head(Address hidden, int64_t hidden_stride, Address norm_weight, float
   lk::exit_head({pointer(hidden), hidden_stride, pointer(norm_weight), eps, pointer(lm_head), lm_head_stride, pointer(bias),
                  logit_scale, softcap, p, s, pointer<float>(logits_out), logits_stride, pointer<int64_t>(token),
                  pointer<float>(logprob), pointer<float>(confidence), n, c, v, lk::DType(dtype), num_threads,
-                 lm_head_quantization});
+                 lm_head_quantization, screened});
 }
 
 }  // namespace

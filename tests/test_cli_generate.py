@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from click.testing import CliRunner
@@ -321,6 +322,7 @@ def test_ctrl_c_prints_what_there_is_and_exits_with_130(checkpoint):
         [*command, "--prompt", "Hello", "--max_steps", "100000", "--stop_token_ids", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert process.stdout.read(1)  # the answer has begun
     process.send_signal(signal.SIGINT)

@@ -39,6 +39,18 @@ struct PenaltyArgs {
   int64_t share;            // rows in a row of n that share a row of first_seen
 };
 
+// A quantized copy of lm_head, read in its place. It names the few tokens whose rows of lm_head are read as well.
+struct ScreenArgs {
+  const void* weight;  // [v, c] as `quantization` says. Null: no screen
+  int64_t stride;      // bytes
+  Quantization quantization;
+  // [v]: times the norm of a normed row, at least what separates its product with the copy from that with lm_head, both
+  // as computed. All tokens that could be the largest are looked at again, so the token is that of lm_head.
+  // Null: the kRescored largest are.
+  const float* error;
+};
+constexpr int kRescored = 16;
+
 struct ExitHeadArgs {
   const void* hidden;  // [n, c], rows hidden_stride elements apart
   int64_t hidden_stride;
@@ -60,6 +72,7 @@ struct ExitHeadArgs {
   DType dtype;  // of hidden, norm_weight, lm_head, bias
   int num_threads;
   Quantization quantization = {};  // of lm_head
+  ScreenArgs screen = {};
 };
 
 }  // namespace lk

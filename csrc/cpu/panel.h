@@ -86,8 +86,9 @@ struct DenseRows {
   typename Dot<T>::X* data;
   int64_t stride, m, c;
 
-  DenseRows(int64_t rows, int64_t columns) : stride(packed_size<T>(columns)), m(rows), c(columns) {
-    data = static_cast<typename Dot<T>::X*>(workspace(Workspace::linear_x, size_t(rows * stride) * sizeof(*data)));
+  DenseRows(int64_t rows, int64_t columns, Workspace use = Workspace::linear_x)
+      : stride(packed_size<T>(columns)), m(rows), c(columns) {
+    data = static_cast<typename Dot<T>::X*>(workspace(use, size_t(rows * stride) * sizeof(*data)));
   }
   void pack(int64_t row, const T* x) { pack_row(x, c, data + row * stride); }
 

@@ -146,9 +146,9 @@ LK_INLINE void reorder(const int32_t* q, int16_t* words) {
 
 }  // namespace
 
-QuantizedRows::QuantizedRows(int64_t rows, int64_t columns, int64_t b) : m(rows), c(columns), bits(b) {
+QuantizedRows::QuantizedRows(int64_t rows, int64_t columns, int64_t b, Workspace use) : m(rows), c(columns), bits(b) {
   const int64_t bytes = blocks() * kBlock * int64_t(sizeof(int16_t)) + 2 * scales() * int64_t(sizeof(float));
-  data = static_cast<char*>(workspace(Workspace::linear_x, size_t(rows * bytes)));
+  data = static_cast<char*>(workspace(use, size_t(rows * bytes)));
 }
 
 template <class T>

@@ -11,7 +11,7 @@ struct QuantizedRows {
   char* data;
   int64_t m, c, bits;  // m may become smaller, until rows are packed
 
-  QuantizedRows(int64_t rows, int64_t columns, int64_t bits);
+  QuantizedRows(int64_t rows, int64_t columns, int64_t bits, Workspace use = Workspace::linear_x);
   template <class T>
   void pack(int64_t row, const T* x);
 

@@ -12,6 +12,8 @@ enum class Workspace : int {
   decoder_stack,
   head_logits,
   head_partials,
+  head_x,
+  head_x_norms,
   kv_rollback,
   linear_norm,
   linear_x,

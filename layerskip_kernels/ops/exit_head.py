@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from layerskip_kernels.ops import _check, _library
-from layerskip_kernels.ops.quantized import QuantizedWeight, check_weight, refuse_tracing
+from layerskip_kernels.ops.quantized import QuantizedWeight, check_weight, quantize, refuse_tracing
 from layerskip_kernels.registry import resolve
 
 
@@ -40,6 +40,47 @@ class RepetitionPenalty(NamedTuple):
         return rows // max(len(self.first_seen), 1)
 
 
+class Screen(NamedTuple):
+    """A quantized copy of the LM head that is read in its place, and names the few rows of it that are read as well.
+
+    With `error` the token is to the bit the one of the LM head alone: all rows that could hold the largest score are
+    looked at again, and the whole head where these would be too many, where rows filter (top-k, top-p, min-p), or where
+    `logits_out` is asked for. Then `logprob` and `confidence` may be the copy's, up to the token's own logit.
+
+    Without, the `RESCORED` largest scores are: with filters, the largest logits. The token is the best of these, or is
+    drawn from what the filters keep after these have their own logits; `logits_out` has these and else the copy's.
+    """
+
+    weight: QuantizedWeight  # [V, C]
+    error: torch.Tensor | None = None  # [V] float32: see `screen`
+
+
+RESCORED = 16
+
+
+def screen(lm_head: torch.Tensor, bits: int, *, exact: bool = False) -> Screen:
+    """A screen of an LM head [V, C] in 8 or 4 bits, groups of 64 columns.
+
+    exact: with the error that makes it exact. It takes 8 bits: in 4 nearly every token could be the largest. For a row x
+    after the norm, ``|x · lm_head[v] - x · copy[v]| <= error[v] · |x|`` holds for the products as any backend computes
+    them, by Cauchy and Schwarz: ``error[v] = |lm_head[v] - copy[v]| + |lm_head[v]| · rounding``. Activations beside
+    quantized weights are rounded to 15 bits in blocks of 64, |δx| <= 2^-11 |x|; a sum of C products in float32, in
+    any order, is off by C · 2^-24 of |x| |lm_head[v]| at most, and there are two.
+
+    Raises:
+        TypeError, ValueError: as `quantize`; or exact with 4 bits.
+    """
+    if exact and bits != 8:
+        raise ValueError(f"bits={bits}: an exact screen has 8")
+    if not exact:
+        return Screen(quantize(lm_head, bits))
+    rows, width = lm_head.shape
+    error, norm = (lm_head.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    weight = quantize(lm_head, bits, error=error, norm=norm)
+    rounding = 2.0**-11 + (2 * width + 64) * 2.0**-24
+    return Screen(weight, error.mul_(1.01).add_(norm, alpha=1.02 * rounding))
+
+
 class ExitHead(NamedTuple):
     token: torch.Tensor  # [N] int64
     logprob: torch.Tensor  # [N] float32, of the token, after the penalty, before temperature and filters
@@ -63,6 +104,7 @@ def exit_head(
     penalty: RepetitionPenalty | None = None,
     sampling: Sampling | None = None,
     logits_out: torch.Tensor | None = None,
+    screen: Screen | None = None,
     out: ExitHead | None = None,
 ) -> ExitHead:
     """Final norm, LM head and choice of the token, for the draft's exit and for the last layer alike.
@@ -81,6 +123,7 @@ def exit_head(
         penalty: `RepetitionPenalty`; None: none.
         sampling: `Sampling`; None: greedy.
         logits_out: [N, V] float32, receives the logits, penalty included.
+        screen: `Screen`, read in place of lm_head; None: none.
         out: `ExitHead` of tensors to write the result to.
 
     Returns:
@@ -119,6 +162,14 @@ def exit_head(
                 f"sampling.{name}", value, (rows,), dtype=dtype, like=hidden
             )
     _check.optional("logits_out", logits_out, (rows, vocab), dtype=torch.float32, like=hidden)
+    if screen is not None:
+        if not isinstance(screen, Screen) or not isinstance(screen.weight, QuantizedWeight):
+            raise TypeError("screen: expected a Screen of a QuantizedWeight")
+        check_weight("screen.weight", screen.weight, (vocab, width), like=hidden)
+        _check.optional("screen.error", screen.error, (vocab,), dtype=torch.float32, like=hidden)
+        if screen.error is not None and (screen.weight.bits != 8 or screen.weight.offset is not None):
+            raise ValueError("screen.weight: with an error it has 8 bits and no offset")
+        refuse_tracing("screen")
     if out is not None:
         if not isinstance(out, ExitHead):
             raise TypeError(f"out: expected an ExitHead, got {type(out).__name__}")
@@ -140,7 +191,7 @@ def exit_head(
             *(penalty or (None,) * 3),
         )
         return ExitHead(*_library.into(out, result))
-    return resolve("exit_head", hidden.device, hidden.dtype, quantized=quantized)(
+    return resolve("exit_head", hidden.device, hidden.dtype, quantized=quantized or screen is not None)(
         hidden,
         norm_weight,
         lm_head,
@@ -151,6 +202,7 @@ def exit_head(
         penalty=penalty,
         sampling=sampling,
         logits_out=logits_out,
+        **({} if screen is None else {"screen": screen}),  # other backends have none
         out=out,
     )
 

@@ -1,6 +1,8 @@
+from functools import partial
+
 import torch
 
-from layerskip_kernels.ops.exit_head import ExitHead
+from layerskip_kernels.ops.exit_head import RESCORED, ExitHead
 from layerskip_kernels.reference.gumbel import gumbel_noise
 from layerskip_kernels.reference.quantized import product
 from layerskip_kernels.reference.rms_norm import rms_norm
@@ -18,28 +20,66 @@ def exit_head(
     penalty=None,
     sampling=None,
     logits_out=None,
+    screen=None,
     out=None,
 ):
-    logits = product(rms_norm(hidden, norm_weight, eps), lm_head)
+    normed = rms_norm(hidden, norm_weight, eps)
+    logits_of = partial(finish, bias=bias, logit_scale=logit_scale, softcap=softcap, penalty=penalty)
+    logits = read = logits_of(product(normed, lm_head))
+    again = None
+    if screen is not None and screen.error is None:  # with an error it changes nothing
+        read = logits_of(product(normed, screen.weight))
+        again = rescored(read, sampling)
+        logits = torch.where(again, logits, read)
+    if logits_out is not None:
+        logits_out.copy_(logits)
+
+    scores = torch.where(logits.isnan(), float("-inf"), logits)
+    if again is not None:
+        scores = torch.where(again | filters(sampling, scores.shape), scores, float("-inf"))
+    token = lowest_argmax(scores if sampling is None else perturb(scores, sampling))
+    log_sum = read.logsumexp(-1)
+    result = ExitHead(
+        token,
+        logits.gather(1, token[:, None])[:, 0] - log_sum,
+        torch.exp(read.amax(-1) - log_sum),
+    )
+    return result if out is None else ExitHead(*(o.copy_(r) for o, r in zip(out, result)))
+
+
+def finish(logits, *, bias, logit_scale, softcap, penalty):
+    """What becomes of the products."""
     if bias is not None:
         logits = logits + bias.float()
     logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if penalty is not None:
-        logits = penalize(logits, penalty)
-    if logits_out is not None:
-        logits_out.copy_(logits)
+    return logits if penalty is None else penalize(logits, penalty)
 
+
+def rescored(logits, sampling):
+    """[N, V] bool: the `RESCORED` tokens of largest score, without filters; of largest logit in rows that filter."""
     scores = torch.where(logits.isnan(), float("-inf"), logits)
-    token = lowest_argmax(scores if sampling is None else perturb(scores, sampling))
-    log_sum = logits.logsumexp(-1)
-    result = ExitHead(
-        token,
-        logits.gather(1, token[:, None])[:, 0] - log_sum,
-        torch.exp(logits.amax(-1) - log_sum),
-    )
-    return result if out is None else ExitHead(*(o.copy_(r) for o, r in zip(out, result)))
+    if sampling is not None:
+        plain = perturb(scores, sampling._replace(top_k=None, top_p=None, min_p=None))
+        scores = torch.where(filters(sampling, scores.shape), scores, plain)
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :RESCORED]
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)
+
+
+def filters(sampling, shape):
+    """[N, 1] bool: rows that drop tokens before they draw."""
+    found = torch.zeros(shape[0], 1, dtype=torch.bool)
+    if sampling is not None:
+        for field, drops in (
+            (sampling.top_k, lambda k: (k > 0) & (k < shape[1])),
+            (sampling.top_p, lambda p: p < 1),
+            (sampling.min_p, lambda p: p > 0),
+        ):
+            if field is not None:
+                found |= drops(field)[:, None]
+        found &= sampling.temperature[:, None] != 0
+    return found
 
 
 def penalize(logits, penalty):

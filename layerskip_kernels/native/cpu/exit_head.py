@@ -6,7 +6,7 @@ from torch import Tensor
 from layerskip_kernels.native import _cpu
 from layerskip_kernels.native.cpu.quantized import quantization, stored
 from layerskip_kernels.native.tensor import address, dtype_code
-from layerskip_kernels.ops.exit_head import ExitHead, RepetitionPenalty, Sampling
+from layerskip_kernels.ops.exit_head import ExitHead, RepetitionPenalty, Sampling, Screen
 from layerskip_kernels.ops.quantized import QuantizedWeight
 
 
@@ -22,6 +22,7 @@ def exit_head(
     penalty: RepetitionPenalty | None = None,
     sampling: Sampling | None = None,
     logits_out: Tensor | None = None,
+    screen: Screen | None = None,
     out: ExitHead | None = None,
 ) -> ExitHead:
     """See layerskip_kernels.ops.exit_head."""
@@ -46,6 +47,15 @@ def exit_head(
     fields = ()
     if sampling is not None:
         fields = tuple([0 if t is None else address(t, "sampling", "cpu") for t in sampling])
+    screened: tuple = ((), ())
+    if screen is not None:
+        weight, error = screen
+        where = (
+            address(weight.values, "screen.weight.values", "cpu"),
+            weight.values.stride(0),
+            0 if error is None else address(error, "screen.error", "cpu"),
+        )
+        screened = (where, quantization(weight, "screen.weight"))
     _cpu.exit_head(
         address(hidden, "hidden", "cpu"),
         hidden.stride(0),
@@ -69,5 +79,6 @@ def exit_head(
         dtype_code(hidden, "hidden"),
         torch.get_num_threads(),
         quantization(lm_head, "lm_head"),
+        *screened,
     )
     return out
