@@ -1,4 +1,4 @@
-"""Drafts by a quantized copy of the LM head: what is said stays the same, to the bit, and rejection stays right."""
+"""Quantized copies of the LM head: what is said stays the same, to the bit, and rejection stays right."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import layerskip_kernels as lk
 from layerskip_kernels import registry
 from layerskip_kernels.decode import draft_head
 from layerskip_kernels.measure import lens
-from layerskip_kernels.ops import QuantizedWeight, quantize
+from layerskip_kernels.ops import Screen, quantize
 
 PROMPTS = [[5, 9, 17, 3, 250, 11, 40], [7], [100, 101, 102] * 14]
 NEW = 24
@@ -38,7 +38,7 @@ def test_what_is_said_is_what_the_models_own_head_says(model, backend_name, samp
     expected = {s: own.generate(PROMPTS, generation_strategy=s, **options) for s in ("autoregressive", "early_exit")}
     for name in ("int8", "int4"):
         decoder = decoder_of(model, backend_name, name, exit_layer=1, max_batch_size=2)
-        assert decoder.draft_head == name and isinstance(decoder.model.draft_weight, QuantizedWeight)
+        assert decoder.draft_head == name and isinstance(decoder.model.draft_screen, Screen)
         for strategy, exit_layer, drafts in (
             ("autoregressive", 1, 0),
             ("early_exit", 1, 0),
@@ -59,17 +59,20 @@ def test_drafts_are_those_of_the_copy(model):
     decoder = decoder_of(model, "reference", "int8", exit_layer=3, num_speculations=4)
     expected = decoder.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[])
     assert expected.stats.accepted > 0
-    decoder.model.draft_weight = quantize(model.lm_head.weight.detach().flip(0), 8)
+    decoder.model.draft_screen = Screen(quantize(model.lm_head.weight.detach().flip(0), 8))
     result = decoder.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[], profile=True)
     assert result.sequences == expected.sequences and result.stats.accepted < expected.stats.accepted / 4
     phases = result.stats.phases
-    assert phases["draft head"].weight_bytes == phases["draft head"].calls * decoder.model.draft_weight.nbytes
+    assert phases["draft head"].weight_bytes == phases["draft head"].calls * decoder.model.draft_screen.nbytes
     assert phases["verify head"].weight_bytes == phases["verify head"].calls * model.lm_head.weight.nbytes
 
 
 def test_measured_agreement_is_the_copys(model):
     """`lens.read(drafting=True)` tells exactly what is accepted."""
     decoder = decoder_of(model, "reference", "int4", exit_layer=2, num_speculations=1)
+    head, noise = model.lm_head.weight.detach(), torch.randn(262, 64, generator=torch.Generator().manual_seed(0))
+    other = head + 2 * head.std() * noise.to(head.dtype)  # misses some of the best tokens
+    decoder.model.draft_screen = Screen(quantize(other, 4))
     prompt = PROMPTS[0]
     answer = decoder.generate(prompt, max_new_tokens=NEW, eos_token_id=[], generation_strategy="autoregressive")
     (text,) = answer.sequences
@@ -93,7 +96,7 @@ def test_rejection_judges_drafts_by_the_distribution_they_came_from(model, monke
 
     def exit_head(hidden, norm, weight, *, logits_out, **options):
         head(hidden, norm, weight, logits_out=logits_out, **options)
-        if weight is decoder.model.draft_weight:
+        if options.get("screen") is decoder.model.draft_screen:
             logits.append(logits_out.clone())
 
     def verify_rejection(draft, draft_probs, *args, **options):
@@ -114,7 +117,7 @@ def test_rejection_judges_drafts_by_the_distribution_they_came_from(model, monke
 
 def test_auto_is_a_rule_of_bytes(model, monkeypatch):
     decoder = decoder_of(model, "auto", "auto")
-    assert decoder.draft_head == "shared" and decoder.model.draft_weight is decoder.model.weights.lm_head
+    assert decoder.draft_head == "shared" and decoder.model.draft_screen is None
     weights, ops = decoder.model.weights, decoder.ops
     monkeypatch.setattr(draft_head.registry, "why_not", lambda *args, **options: None)
     monkeypatch.setattr(draft_head, "AUTO_BYTES", weights.lm_head.nbytes)
@@ -136,19 +139,19 @@ def test_auto_is_a_rule_of_bytes(model, monkeypatch):
 def test_a_head_in_8_bits_may_draft_in_4(model, monkeypatch):
     monkeypatch.setattr(draft_head, "_ROWS_AT_ONCE", 100)
     decoder = decoder_of(model, "reference", "int4", quantization="int8", exit_layer=3)
-    assert decoder.model.weights.lm_head.bits == 8 and decoder.model.draft_weight.bits == 4
-    assert decoder.model.draft_weight.shape == (262, 64)
+    assert decoder.model.weights.lm_head.bits == 8 and decoder.model.draft_screen.weight.bits == 4
+    assert decoder.model.draft_screen.weight.shape == (262, 64)
     plain = decoder.generate(PROMPTS, max_new_tokens=NEW, generation_strategy="autoregressive")
     assert decoder.generate(PROMPTS, max_new_tokens=NEW).sequences == plain.sequences
     same = decoder_of(model, "reference", "int8", quantization="int4")
-    assert same.model.draft_weight is same.model.weights.lm_head
+    assert same.model.draft_screen is None
 
 
 def test_its_size_is_said(model):
     decoder = decoder_of(model, "reference", "int8", exit_layer=1)
     assert repr(decoder).endswith("num_speculations=2, draft_head=int8 of 0.0 MiB)")
     assert "bfloat16 on cpu" in repr(decoder)
-    assert decoder.model.draft_weight.nbytes == 262 * 64 + 262 * 4
+    assert decoder.model.draft_screen.nbytes == 262 * 64 + 262 * 4
 
 
 @pytest.mark.parametrize("value", ["int2", None, 8, torch.zeros(2)])
@@ -162,3 +165,49 @@ def test_a_backend_without_it_says_so(model, monkeypatch):
     monkeypatch.setattr(draft_head.registry, "why_not", lambda *args, **options: "it takes no quantized weights")
     with pytest.raises(ValueError, match=r"draft_head='int4': backend 'reference' has no use for it .it takes no quan"):
         draft_head.choose_draft_head("int4", decoder.model.weights, decoder.ops, 1)
+
+
+@pytest.mark.parametrize("sampling", [{}, dict(temperature=0.8), dict(temperature=0.8, top_k=20)], ids=str)
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_a_screen_changes_no_answer(model, backend_name, sampling):
+    """Nor what drafts are accepted, where drafts are screened by the same copy."""
+    options = dict(max_new_tokens=NEW, eos_token_id=[], repetition_penalty=1.2)
+    if sampling:
+        options |= dict(sample=True, seed=[1, 2, 3], **sampling)
+    own = decoder_of(model, backend_name, "shared", max_batch_size=2, head_screen="none")
+    screened = decoder_of(model, backend_name, "shared", max_batch_size=2, head_screen="int8")
+    assert own.model.screen is None and screened.model.screen.error is not None
+    assert screened.model.draft_screen is screened.model.screen
+    for strategy, exit_layer, drafts in (("autoregressive", 1, 0), ("early_exit", 1, 0), ("self_speculative", 2, 3)):
+        how = dict(generation_strategy=strategy, exit_layer=exit_layer, num_speculations=drafts)
+        expected, found = own.generate(PROMPTS, **options, **how), screened.generate(PROMPTS, **options, **how)
+        assert found.sequences == expected.sequences
+        assert found.stats.accepted == expected.stats.accepted
+
+
+def test_both_copies_are_one(model):
+    decoder = decoder_of(model, "reference", "int8", head_screen="int8", exit_layer=2)
+    assert decoder.model.draft_screen.weight is decoder.model.screen.weight and decoder.model.draft_screen.error is None
+    assert repr(decoder).endswith("draft_head=int8 of 0.0 MiB, head_screen=int8 of 0.0 MiB)")
+    copy = 262 * 64 + 262 * 4
+    assert decoder.model.head_bytes() == copy + 262 * 4 and decoder.model.head_bytes(drafts=True) == copy
+    shares = (decoder.model.layer_bytes(0, 2) + copy) / (decoder.model.layer_bytes(0, 4) + copy + 262 * 4)
+    assert decoder.model.draft_share(2) == pytest.approx(shares)
+
+
+def test_its_own_auto_is_a_rule_of_bytes(model, monkeypatch):
+    decoder = decoder_of(model, "auto", "auto")
+    assert decoder.head_screen == "none"
+    weights, ops = decoder.model.weights, decoder.ops
+    monkeypatch.setattr(draft_head.registry, "why_not", lambda *args, **options: None)
+    monkeypatch.setattr(draft_head, "AUTO_BYTES", weights.lm_head.nbytes)
+    chosen = draft_head.choose_head_screen
+    assert chosen("auto", weights, ops) == "int8"
+    monkeypatch.setattr(draft_head, "AUTO_SHARE", 0.9)
+    assert chosen("auto", weights, ops) == "none" and chosen("int8", weights, ops) == "int8"
+    quantized = decoder_of(model, "reference", "shared", quantization="int8")
+    assert quantized.head_screen == "none"
+    with pytest.raises(ValueError, match="head_screen='int8': the LM head is quantized already, choose none"):
+        decoder_of(model, "reference", "shared", quantization="int8", head_screen="int8")
+    with pytest.raises(ValueError, match=r"head_screen='int4': choose auto, none or int8"):
+        decoder_of(model, "reference", "shared", head_screen="int4")

@@ -17,6 +17,7 @@ VERIFICATIONS = ("coupled", "rejection")
 METHODS = ("standard", "block")
 QUANTIZATIONS = ("int8", "int4")
 DRAFT_HEADS = ("auto", "shared", "int8", "int4")
+HEAD_SCREENS = ("auto", "none", "int8")
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 
@@ -97,7 +98,13 @@ def model_options(command: Callable | None = None, *, max_batch_size: int = 8, d
             default=DRAFT_HEADS[0],
             help="LM head that drafts: the model's, or a copy of it. auto: a copy where it pays.",
         )
-        command = draft_head(command)
+        head_screen = click.option(
+            "--head_screen",
+            type=click.Choice(HEAD_SCREENS),
+            default=HEAD_SCREENS[0],
+            help="Copy of the LM head read in its place; changes no answer. auto: where it pays.",
+        )
+        command = draft_head(head_screen(command))
     for option in reversed(
         [
             click.option(

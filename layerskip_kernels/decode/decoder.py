@@ -13,7 +13,14 @@ from layerskip_kernels.decode import arguments
 from layerskip_kernels.decode.batch import Request
 from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.controls import Controls
-from layerskip_kernels.decode.draft_head import DRAFT_HEADS, choose_draft_head, make_draft_head
+from layerskip_kernels.decode.draft_head import (
+    DRAFT_HEADS,
+    HEAD_SCREENS,
+    choose_draft_head,
+    choose_head_screen,
+    make_draft_head,
+    make_head_screen,
+)
 from layerskip_kernels.decode.generate import STRATEGIES, Generation
 from layerskip_kernels.decode.model import Model
 from layerskip_kernels.decode.processors import Processing
@@ -38,10 +45,13 @@ class SelfSpeculativeDecoder:
         config: `ModelConfig`; tokenizer: the checkpoint's, or None.
         exit_layer, num_speculations: what `generate` uses unless told otherwise.
         draft_head: "shared", "int8" or "int4": the head that drafts.
+        head_screen: "none" or "int8": the copy that is read in place of the LM head, without changing an answer.
         ops: the bound ops, with `ops.backends` saying which backend serves each.
     """
 
-    def __init__(self, loaded, *, exit_layer, num_speculations, backend, max_batch_size, max_length, draft_head):
+    def __init__(
+        self, loaded, *, exit_layer, num_speculations, backend, max_batch_size, max_length, draft_head, head_screen
+    ):
         config, weights = loaded.config, loaded.weights
         registry.check_backend_name(backend)
         self.config, self.tokenizer = config, loaded.tokenizer
@@ -53,7 +63,9 @@ class SelfSpeculativeDecoder:
             num_speculations, arguments.default_speculations(device) if recorded is None else recorded
         )
         self.draft_head = choose_draft_head(draft_head, weights, self.ops, self.exit_layer)
-        self.model = Model(config, weights, self.ops, make_draft_head(self.draft_head, weights))
+        self.head_screen = choose_head_screen(head_screen, weights, self.ops)
+        screen = make_head_screen(self.head_screen, weights)
+        self.model = Model(config, weights, self.ops, screen, make_draft_head(self.draft_head, weights, screen))
         self.max_batch_size = arguments.whole("max_batch_size", max_batch_size, 1)
         self.max_length = None if max_length is None else arguments.whole("max_length", max_length, 2)
         self._workspace: Workspace | None = None
@@ -74,6 +86,7 @@ class SelfSpeculativeDecoder:
         max_length: int | None = None,
         quantization: str | None = None,
         draft_head: str = "auto",
+        head_screen: str = "auto",
     ) -> SelfSpeculativeDecoder:
         """Load a Hugging Face checkpoint, safetensors only.
 
@@ -91,9 +104,12 @@ class SelfSpeculativeDecoder:
                 head to 8 bits either way. Norms, biases and the embedding table stay as they are. On the CPU only.
                 None: as stored, where torchao's weight-only int8 and int4 stay what they are, too.
             draft_head: the LM head that drafts. "shared": the model's own; "int8", "int4": a quantized copy, made while
-                loading, of 1/2 or 1/4 of the bytes of a bfloat16 one. Verification uses the model's own, so what is
-                said never changes, only how much of a draft is accepted and what it takes. "auto": a copy where it
-                pays, on the CPU and for a large vocabulary; else shared.
+                loading, of 1/2 or 1/4 of the bytes of a bfloat16 one, whose best 16 tokens the model's own rates.
+                Verification uses the model's own, so what is said never changes, only how much of a draft is accepted
+                and what it takes. "auto": a copy where it pays, on the CPU and for a large vocabulary; else shared.
+            head_screen: "int8": the LM head is read as a copy of 1/2 of its bytes, and itself only where its largest
+                logit may be: no answer changes. Not with top-k, top-p, min-p or `output_logits`, where it is read as
+                it is. "none": always as it is. "auto": the copy where it pays, as with drafts.
 
         Raises:
             ValueError, TypeError: unusable arguments or checkpoint, in one sentence.
@@ -104,6 +120,7 @@ class SelfSpeculativeDecoder:
 
         registry.check_backend_name(backend)
         arguments.one_of("draft_head", draft_head, DRAFT_HEADS)
+        arguments.one_of("head_screen", head_screen, HEAD_SCREENS)
         return cls(
             load_checkpoint(model, dtype=dtype, device=arguments.device(device), quantization=quantization),
             exit_layer=exit_layer,
@@ -112,6 +129,7 @@ class SelfSpeculativeDecoder:
             max_batch_size=max_batch_size,
             max_length=max_length,
             draft_head=draft_head,
+            head_screen=head_screen,
         )
 
     @classmethod
@@ -127,6 +145,7 @@ class SelfSpeculativeDecoder:
         max_length: int | None = None,
         quantization: str | None = None,
         draft_head: str = "auto",
+        head_screen: str = "auto",
     ) -> SelfSpeculativeDecoder:
         """Decode a live transformers model, sharing its weights; the model is not modified.
 
@@ -136,6 +155,7 @@ class SelfSpeculativeDecoder:
         from layerskip_kernels.models.loading import from_transformers
 
         arguments.one_of("draft_head", draft_head, DRAFT_HEADS)
+        arguments.one_of("head_screen", head_screen, HEAD_SCREENS)
         loaded = from_transformers(hf_model, quantization)
         if tokenizer is not None:
             if not callable(tokenizer) or not callable(getattr(tokenizer, "decode", None)):
@@ -149,6 +169,7 @@ class SelfSpeculativeDecoder:
             max_batch_size=max_batch_size,
             max_length=max_length,
             draft_head=draft_head,
+            head_screen=head_screen,
         )
 
     def __repr__(self) -> str:
@@ -156,12 +177,13 @@ class SelfSpeculativeDecoder:
         size = self.model.layer_bytes(0, config.num_layers) + weights.lm_head.nbytes
         if weights.lm_head is not weights.embedding:
             size += weights.embedding.nbytes
-        drafts = "" if self.draft_head == "shared" else f" of {self.model.draft_weight.nbytes / 2**20:.1f} MiB"
+        drafts = "" if self.draft_head == "shared" else f" of {self.model.head_bytes(drafts=True) / 2**20:.1f} MiB"
+        screen = "" if self.head_screen == "none" else f", head_screen=int8 of {self.model.head_bytes() / 2**20:.1f} MiB"
         return (
             f"{type(self).__name__}({config.model_type}, {config.num_layers} layers, "
             f"{str(self.dtype).removeprefix('torch.')}{' quantized' if weights.quantized else ''} on {self.device}, "
             f"weights {size / 2**20:.1f} MiB, exit_layer={self.exit_layer}, num_speculations={self.num_speculations}, "
-            f"draft_head={self.draft_head}{drafts})"
+            f"draft_head={self.draft_head}{drafts}{screen})"
         )
 
     @property

@@ -8,14 +8,15 @@ from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.models.config import ModelConfig
 from layerskip_kernels.models.rope import Rope
 from layerskip_kernels.models.weights import ModelWeights
-from layerskip_kernels.ops import DecoderLayers, ExitHead, QuantizedWeight, RepetitionPenalty, Sampling
+from layerskip_kernels.ops import DecoderLayers, ExitHead, QuantizedWeight, RepetitionPenalty, Sampling, Screen
 from layerskip_kernels.reference.decoder_stack import compose
 
 
 class Model:
     """Weights, config and ops bound to one backend: embedding, a range of layers, head.
 
-    `draft_head`: [V, C], in place of the LM head where drafts are made; None: the LM head itself.
+    `screen`, `draft_screen`: copies of the LM head read in its place, by what verifies and by drafts; the latter None:
+    as what verifies.
     """
 
     def __init__(
@@ -23,10 +24,11 @@ class Model:
         config: ModelConfig,
         weights: ModelWeights,
         ops: SimpleNamespace,
-        draft_head: QuantizedWeight | None = None,
+        screen: Screen | None = None,
+        draft_screen: Screen | None = None,
     ):
         self.config, self.weights, self.ops = config, weights, ops
-        self.draft_weight = weights.lm_head if draft_head is None else draft_head
+        self.screen, self.draft_screen = screen, draft_screen or screen
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.rope = Rope(config.rope, self.device)
         linear = torch_linear(ops) if torch_is_faster(ops, self.device, self.dtype) else ops.small_linear
@@ -62,7 +64,7 @@ class Model:
         penalty: RepetitionPenalty | None = None,
     ) -> None:
         """Final norm and LM head on hidden [N, C]."""
-        self._head(self.weights.lm_head, hidden, sampling, out, logits_out, penalty)
+        self._head(self.screen, hidden, sampling, out, logits_out, penalty)
 
     def draft_head(
         self,
@@ -73,19 +75,25 @@ class Model:
         penalty: RepetitionPenalty | None = None,
     ) -> None:
         """As `head`, with the head that drafts."""
-        self._head(self.draft_weight, hidden, sampling, out, logits_out, penalty)
+        self._head(self.draft_screen, hidden, sampling, out, logits_out, penalty)
 
-    def _head(self, weight, hidden, sampling, out, logits_out, penalty) -> None:
+    def _head(self, screen, hidden, sampling, out, logits_out, penalty) -> None:
         self.ops.exit_head(
             hidden,
             self.weights.final_norm,
-            weight,
+            self.weights.lm_head,
             eps=self.config.rms_norm_eps,
             penalty=penalty,
             sampling=sampling,
             logits_out=logits_out,
+            **({} if screen is None else {"screen": screen}),
             out=out,
         )
+
+    def head_bytes(self, drafts: bool = False) -> int:
+        """Of weights that the head reads; of a screen's few rows of the LM head none are counted."""
+        screen = self.draft_screen if drafts else self.screen
+        return self.weights.lm_head.nbytes if screen is None else screen.nbytes
 
     def layer_bytes(self, first: int, last: int) -> int:
         """Of weights that layers [first, last) read."""
@@ -93,8 +101,8 @@ class Model:
 
     def draft_share(self, exit_layer: int) -> float:
         """Weights read for a drafted token over those of a whole pass: what it costs where memory limits decoding."""
-        draft = self.layer_bytes(0, exit_layer) + self.draft_weight.nbytes
-        return draft / (self.layer_bytes(0, self.config.num_layers) + self.weights.lm_head.nbytes)
+        draft = self.layer_bytes(0, exit_layer) + self.head_bytes(drafts=True)
+        return draft / (self.layer_bytes(0, self.config.num_layers) + self.head_bytes())
 
     def _layers(self, first: int, last: int) -> DecoderLayers:
         """One object per range, so that what a backend prepares from it is prepared once."""

@@ -51,11 +51,11 @@ class ProfiledModel:
         self._timed(name, self._model.run_layers, size)(first, last, *args, **where)
 
     def head(self, *args: Any, **options: Any) -> None:
-        size = self._model.weights.lm_head.nbytes
+        size = self._model.head_bytes()
         self._timed(self._name("head", False), self._model.head, size)(*args, **options)
 
     def draft_head(self, *args: Any, **options: Any) -> None:
-        size = self._model.draft_weight.nbytes
+        size = self._model.head_bytes(drafts=True)
         self._timed(self._name("head", True), self._model.draft_head, size)(*args, **options)
 
     def _name(self, part: str, drafts: bool) -> str:

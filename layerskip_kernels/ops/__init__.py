@@ -2,7 +2,7 @@
 
 from layerskip_kernels.ops.decoder_stack import DecoderLayers, LayerWeights, decoder_stack
 from layerskip_kernels.ops.early_exit_cross_entropy import EarlyExitLoss, early_exit_cross_entropy
-from layerskip_kernels.ops.exit_head import ExitHead, RepetitionPenalty, Sampling, exit_head
+from layerskip_kernels.ops.exit_head import ExitHead, RepetitionPenalty, Sampling, Screen, exit_head, head_screen
 from layerskip_kernels.ops.kv_rollback import kv_rollback
 from layerskip_kernels.ops.quantized import QuantizedWeight, dequantize, quantize
 from layerskip_kernels.ops.rms_norm import rms_norm
@@ -21,11 +21,13 @@ __all__ = [
     "QuantizedWeight",
     "RepetitionPenalty",
     "Sampling",
+    "Screen",
     "Verified",
     "decoder_stack",
     "dequantize",
     "early_exit_cross_entropy",
     "exit_head",
+    "head_screen",
     "kv_rollback",
     "quantize",
     "rms_norm",

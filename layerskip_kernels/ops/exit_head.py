@@ -45,20 +45,25 @@ class Screen(NamedTuple):
 
     With `error` the token is to the bit the one of the LM head alone: all rows that could hold the largest score are
     looked at again, and the whole head where these would be too many, where rows filter (top-k, top-p, min-p), or where
-    `logits_out` is asked for. Then `logprob` and `confidence` may be the copy's, up to the token's own logit.
+    `logits_out` is asked for. `logprob` and `confidence` may be the copy's, up to the token's own logit; whether they
+    are may depend on the other rows.
 
     Without, the `RESCORED` largest scores are: with filters, the largest logits. The token is the best of these, or is
     drawn from what the filters keep after these have their own logits; `logits_out` has these and else the copy's.
     """
 
     weight: QuantizedWeight  # [V, C]
-    error: torch.Tensor | None = None  # [V] float32: see `screen`
+    error: torch.Tensor | None = None  # [V] float32: see `head_screen`
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.error is None else self.error.nbytes)
 
 
 RESCORED = 16
 
 
-def screen(lm_head: torch.Tensor, bits: int, *, exact: bool = False) -> Screen:
+def head_screen(lm_head: torch.Tensor, bits: int, *, exact: bool = False) -> Screen:
     """A screen of an LM head [V, C] in 8 or 4 bits, groups of 64 columns.
 
     exact: with the error that makes it exact. It takes 8 bits: in 4 nearly every token could be the largest. For a row x

@@ -74,6 +74,49 @@ void head(int num_threads) {
   }
 }
 
+// A screen that says nothing about lm_head: with an error to match, all rows of lm_head are looked at again, one by one
+// or, where they are many, together; the answer stays that of lm_head. Without, each row of a batch says what it says alone.
+template <class T>
+void screened(int num_threads) {
+  const int64_t shapes[][3] = {{1, 1, 1}, {5, 193, 83}, {66, 400, 17}, {3, 4000, 6}};
+  for (const auto& [n, v, c] : shapes) {
+    const auto hidden = random_buffer<T>(n * c, 1), norm = random_buffer<T>(c, 2), w = random_buffer<T>(v * c, 3);
+    const int64_t even = c / 2 * 2;
+    const Quantized eight{v, c, 8, 64, false, 6}, four{v, even, 4, 64, true, 7};
+    const Buffer<float> error = random_buffer<float>(v, 8, 1, 1000);
+    Random random(5);
+    Buffer<float> temperature(n), top_p(n);
+    Buffer<int64_t> seed(n);
+    for (int64_t i = 0; i < n; ++i) temperature[i] = i % 3 == 1 ? 0 : 0.3f + random.uniform(), seed[i] = i, top_p[i] = 0.9f;
+    for (int how = 0; how < 6; ++how) {
+      const Quantized& q = how < 4 ? eight : four;
+      if (!even && how > 3) continue;
+      auto run = [&](int64_t first, int64_t count, Result& out, bool screen, int threads) {
+        lk::ExitHeadArgs a{};
+        a.hidden = hidden + first * c, a.hidden_stride = c, a.norm_weight = norm, a.eps = 1e-5f;
+        a.lm_head = w, a.lm_head_stride = c, a.logit_scale = 1;
+        if (how % 2) a.sampling = {temperature + first, seed + first, seed + first, nullptr, nullptr, nullptr, nullptr};
+        if (how == 5) a.sampling.top_p = top_p + first;
+        a.token = out.token, a.logprob = out.logprob, a.confidence = out.confidence;
+        a.n = count, a.c = how < 4 ? c : even, a.v = v, a.dtype = dtype_of<T>, a.num_threads = threads;
+        if (screen) a.screen = {q.values.data.get(), q.stride, q.format, how < 2 ? error.data.get() : nullptr};
+        lk::exit_head(a);
+      };
+      Result all(n), plain(n);
+      run(0, n, all, true, num_threads);
+      run(0, n, plain, false, num_threads);
+      for (int64_t row = 0; row < n; ++row) {
+        Result one(1);
+        run(row, 1, one, true, 1);
+        expect(one.token[0] == all.token[row] && same<float>(one.logprob, all.logprob + row, 1), "screened row",
+               int(dtype_of<T>), n, v, how);
+        expect(how > 1 || all.token[row] == plain.token[row], "exact screen", int(dtype_of<T>), n, v, how);
+        expect(all.token[row] >= 0 && all.token[row] < v, "screened token", int(dtype_of<T>), n, v, how);
+      }
+    }
+  }
+}
+
 struct Round {
   int64_t batch, drafts;
   Buffer<int64_t> draft, eos;
@@ -109,7 +152,10 @@ struct Round {
 
 }  // namespace
 
-void check_exit_head(int num_threads) { FOR_EVERY_DTYPE(head, num_threads); }
+void check_exit_head(int num_threads) {
+  FOR_EVERY_DTYPE(head, num_threads);
+  FOR_EVERY_DTYPE(screened, num_threads);
+}
 
 void check_verify_tokens(int) {
   for (int64_t drafts : {0, 1, 7, 63}) {
