@@ -7,6 +7,7 @@ from op_inputs import FLOATS, Inputs, assert_rejects, dtype_name, strided
 
 from layerskip_kernels import registry
 from layerskip_kernels.ops import DecoderLayers, QuantizedWeight, dequantize, exit_head, quantize, small_linear
+from layerskip_kernels.ops.quantized import unpacked
 from layerskip_kernels.reference.quantized import product, rounded
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
@@ -51,6 +52,18 @@ def test_a_group_of_zeros_and_the_smallest_numbers(bits):
     back = dequantize(quantize(weight, bits))
     assert torch.equal(back[0], weight[0]) and back.isfinite().all()
     torch.testing.assert_close(back[2], weight[2])
+
+
+@BITS
+def test_steps_too_coarse_for_their_group(bits):
+    """A scale below 2^-126 is rounded so far that its group may lie beyond the limits of q."""
+    smallest = 2.0**-149
+    most = torch.arange(256.0)[:, None] * smallest
+    weight = most * torch.linspace(-1, 0.9, 64)
+    quantized = quantize(torch.cat((weight, -weight)), bits)
+    assert ((dequantize(quantized) - torch.cat((weight, -weight))).abs() <= 64 * smallest).all()
+    q = quantized.values if bits == 8 else unpacked(quantized.values)
+    assert q.abs().max() == (127 if bits == 8 else 8)
 
 
 def test_offset_and_other_dtypes():

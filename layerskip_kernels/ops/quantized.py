@@ -79,7 +79,9 @@ def quantize(weight: torch.Tensor, bits: int, group: int = BLOCK) -> QuantizedWe
             step = w.abs().amax(2) / 127
         else:
             step = w.gather(2, w.abs().argmax(2, keepdim=True))[..., 0] / -8
-        q = (w / torch.where(step == 0, 1, step)[..., None]).round_().clamp_(max=127 if bits == 8 else 7)
+        q = (w / torch.where(step == 0, 1, step)[..., None]).round_()
+        # The smallest numbers have a step so coarse that more than a rounding lies beyond the limits.
+        q.clamp_(-127 if bits == 8 else -8, 127 if bits == 8 else 7)
         q = q.view(len(w), -1)[:, :width].to(torch.int8)
         values[some] = q if bits == 8 else packed(q)
         scale[some] = step
