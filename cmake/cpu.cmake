@@ -5,6 +5,7 @@ set(LAYERSKIP_CPU_OPS
     decoder_stack
     exit_head
     kv_rollback
+    quantize
     quantized_panel
     rms_norm
     rope_append

@@ -41,7 +41,7 @@ DECODE_OPS = (  # what a decoder binds
     "decoder_stack",
 )
 _WITH_WEIGHTS = ("small_linear", "exit_head", "decoder_stack")
-OP_NAMES = (*DECODE_OPS, "early_exit_cross_entropy")
+OP_NAMES = (*DECODE_OPS, "early_exit_cross_entropy")  # `quantize` prepares weights: every backend does without
 _MODULES = {
     "cuda": "layerskip_kernels.native.cuda",
     "triton": "layerskip_kernels.triton",

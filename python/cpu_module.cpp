@@ -51,6 +51,16 @@ void swiglu(Address gate, int64_t gate_stride, Address up, int64_t up_stride, Ad
               num_threads});
 }
 
+// Returns the first row with NaN or infinity in it; n: there is none.
+int64_t quantize(Address weight, int64_t weight_stride, int64_t bits, int64_t group, Address values, Address scale,
+                 Address error, Address norm, int64_t n, int64_t c, int dtype, int num_threads) {
+  int64_t bad_row;
+  py::gil_scoped_release release;
+  lk::quantize({pointer(weight), weight_stride, bits, group, pointer<uint8_t>(values), pointer<float>(scale),
+                pointer<float>(error), pointer<float>(norm), &bad_row, n, c, lk::DType(dtype), num_threads});
+  return bad_row;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = LK_BUILD_VERSION;
@@ -64,6 +74,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
+  module.def("quantize", &quantize);
   module.def("rms_norm", &rms_norm);
   module.def("small_linear", &small_linear);
   module.def("swiglu", &swiglu);

@@ -186,6 +186,85 @@ def test_refuses_what_has_no_plain_memory(field):
         small_linear(torch.randn(2, 64), bad)
 
 
+# quantize
+
+
+def awkward(inputs, rows, width):
+    """Random rows, and rows of what rounding gets wrong first."""
+    weight = inputs.weight(rows, width)
+    tiny = torch.finfo(inputs.dtype).smallest_normal
+    if rows > 7:
+        weight[1] = 0
+        weight[2, ::2] = -0.0
+        weight[3] = inputs.integers(-1, 2, width)  # ties of largest magnitude, of both signs
+        weight[4] = inputs.integers(-254, 255, width) / 2  # whole and half steps
+        weight[5] = inputs.integers(-40, 41, width) * (tiny * torch.finfo(inputs.dtype).eps)  # subnormal
+        weight[6] = inputs.randn(width) * tiny * 8
+        weight[7] = inputs.randn(width).sign() * torch.finfo(inputs.dtype).max / 2
+    return weight
+
+
+def assert_same_quantized(got, expected):
+    assert (got.bits, got.group, got.offset) == (expected.bits, expected.group, None)
+    assert torch.equal(got.values, expected.values)
+    assert torch.equal(got.scale.view(torch.int32), expected.scale.view(torch.int32))  # -0 is not 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "group"),
+    [(1, 1, 64), (1, 2, 64), (9, 7, 64), (9, 130, 64), (9, 322, 128), (12, 63, 4096), (8, 4096, 4096), (300, 514, 192)],
+)
+@BITS
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
+def test_quantize_has_the_bits_of_the_reference(dtype, bits, rows, width, group):
+    weight = awkward(Inputs("cpu", dtype), rows, width + width % 2 if bits == 4 else width)
+    error, norm, expected_error, expected_norm = (torch.empty(rows) for _ in range(4))
+    expected = reference.quantize(weight, bits, group, error=expected_error, norm=expected_norm)
+    for threads in (1, 3):
+        with num_threads(threads):
+            for layout in (weight, strided(weight)):
+                assert_same_quantized(quantize(layout, bits, group), expected)
+                assert_same_quantized(quantize(layout, bits, group, error=error, norm=norm), expected)
+                torch.testing.assert_close(error, expected_error, rtol=1e-5, atol=0)
+                torch.testing.assert_close(norm, expected_norm, rtol=1e-5, atol=0)
+                alone = torch.empty(rows)
+                quantize(layout, bits, group, error=alone)
+                assert same_bits(alone, error)
+
+
+@BITS
+def test_quantize_names_the_first_row_that_is_not_finite(bits):
+    weight = torch.ones(5000, 66)
+    for rows, value in (([4999], torch.inf), ([4999, 2500, 77, 4000], torch.nan), ([0, 4999], -torch.inf)):
+        bad = weight.clone()
+        bad[rows, 65] = value
+        error, norm = torch.full((5000,), 5.0), torch.full((5000,), 6.0)
+        for threads in (1, 3):
+            with (
+                num_threads(threads),
+                pytest.raises(ValueError, match=f"^weight: NaN or infinity in row {min(rows)}, "),
+            ):
+                quantize(bad, bits, error=error, norm=norm)
+        assert (error == 5).all() and (norm == 6).all()
+
+
+@BITS
+def test_quantize_without_rows_or_columns(bits):
+    norm = torch.ones(3)
+    assert quantize(torch.ones(0, 64), bits).shape == (0, 64)
+    assert quantize(torch.ones(3, 0), bits, norm=norm).shape == (3, 0) and not norm.any()
+
+
+def test_quantize_runs_here_unless_the_reference_is_asked_for(monkeypatch):
+    weight, calls = torch.nn.Parameter(torch.randn(3, 64)), []
+    for backend in ("cpu", "reference"):
+        monkeypatch.setitem(registry._backend(backend).OPS, "quantize", lambda *_, b=backend, **__: calls.append(b))
+    for backend in ("auto", "cpu", "triton", "reference"):
+        with use_backend(backend):
+            quantize(weight, 8)
+    assert calls == ["cpu", "cpu", "cpu", "reference"]
+
+
 # exit_head
 
 

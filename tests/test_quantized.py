@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from op_inputs import FLOATS, Inputs, assert_rejects, dtype_name, strided
 
-from layerskip_kernels import registry
+from layerskip_kernels import registry, use_backend
 from layerskip_kernels.ops import DecoderLayers, QuantizedWeight, dequantize, exit_head, quantize, small_linear
+from layerskip_kernels.ops.quantized import unpacked
 from layerskip_kernels.reference.quantized import product, rounded
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
@@ -51,6 +52,32 @@ def test_a_group_of_zeros_and_the_smallest_numbers(bits):
     back = dequantize(quantize(weight, bits))
     assert torch.equal(back[0], weight[0]) and back.isfinite().all()
     torch.testing.assert_close(back[2], weight[2])
+
+
+@BITS
+def test_steps_too_coarse_for_their_group(bits):
+    """A scale below 2^-126 is rounded so far that its group may lie beyond the limits of q."""
+    smallest = 2.0**-149
+    most = torch.arange(256.0)[:, None] * smallest
+    weight = most * torch.linspace(-1, 0.9, 64)
+    quantized = quantize(torch.cat((weight, -weight)), bits)
+    assert ((dequantize(quantized) - torch.cat((weight, -weight))).abs() <= 64 * smallest).all()
+    q = quantized.values if bits == 8 else unpacked(quantized.values)
+    assert q.abs().max() == (127 if bits == 8 else 8)
+
+
+@BITS
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_norms_of_rows_and_of_what_they_lose(bits, name):
+    weight = Inputs("cpu", torch.bfloat16).weight(5000, 130)
+    weight[7], weight[8] = 0, weight[8] * 2.0**-120  # its squares are no float32
+    error, norm = torch.empty(5000), torch.empty(5000)
+    with use_backend(name):
+        quantized = quantize(weight, bits, error=error, norm=norm)
+    lost = weight.double() - dequantize(quantized, torch.float64)
+    torch.testing.assert_close(error, lost.norm(dim=1).float(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(norm, weight.double().norm(dim=1).float(), rtol=1e-5, atol=0)
+    assert error[7] == norm[7] == 0 and norm[8] > 0
 
 
 def test_offset_and_other_dtypes():
@@ -116,6 +143,10 @@ def arguments(**changes):
         (dict(group=32), ValueError, "group=32: choose a multiple of 64"),
         (dict(group=100), ValueError, "group=100: choose a multiple of 64"),
         (dict(group=64.0), ValueError, "group=64.0: choose a multiple of 64"),
+        (dict(error=[0.0]), TypeError, "error: expected a tensor, got list"),
+        (dict(error=torch.ones(4)), ValueError, r"error: shape \[4\], expected \[3\]"),
+        (dict(norm=torch.ones(3).double()), TypeError, "norm: dtype float64, choose float32"),
+        (dict(norm=torch.ones(3, device="meta")), ValueError, "norm: on meta, expected cpu"),
     ],
 )
 def test_quantize_rejects(change, error, message):

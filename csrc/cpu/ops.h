@@ -4,6 +4,7 @@
 #include "cpu/decoder_stack.h"
 #include "cpu/exit_head.h"
 #include "cpu/kv_rollback.h"
+#include "cpu/quantize.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope_append.h"
 #include "cpu/small_linear.h"
@@ -16,6 +17,7 @@
   OP(decoder_stack, DecoderStackArgs)       \
   OP(exit_head, ExitHeadArgs)               \
   OP(kv_rollback, KvRollbackArgs)           \
+  OP(quantize, QuantizeArgs)                \
   OP(rms_norm, RmsNormArgs)                 \
   OP(rope_append, RopeAppendArgs)           \
   OP(small_linear, SmallLinearArgs)         \

@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from layerskip_kernels import memory
+from layerskip_kernels import memory, registry
 from layerskip_kernels.ops import _check
 
 BLOCK = 64  # columns that share an activation scale; a weight's group is a multiple of it
-_ROWS_AT_ONCE = 4096
 
 
 class QuantizedWeight(NamedTuple):
@@ -44,16 +43,25 @@ class QuantizedWeight(NamedTuple):
         return sum(t.nbytes for t in (self.values, self.scale, self.offset) if t is not None)
 
 
-def quantize(weight: torch.Tensor, bits: int, group: int = BLOCK) -> QuantizedWeight:
+def quantize(
+    weight: torch.Tensor,
+    bits: int,
+    group: int = BLOCK,
+    *,
+    error: torch.Tensor | None = None,
+    norm: torch.Tensor | None = None,
+) -> QuantizedWeight:
     """Symmetric rounding to nearest, the scale from each group's largest magnitude.
 
     8 bits: ``scale = max|w| / 127``. 4 bits: the value of largest magnitude becomes -8 (so a scale may be negative) and
-    what would be 8 becomes 7, as in llama.cpp's Q4_0.
+    what would be 8 becomes 7, as in llama.cpp's Q4_0. On the CPU the bits are the same on every backend.
 
     Args:
         weight: [N, C] float32, float16 or bfloat16, finite; C even for 4 bits.
         bits: 8 or 4.
         group: columns that share a scale, a multiple of 64.
+        error: [N] float32, gets the Euclidean norm of each row of ``weight - dequantize(result)``.
+        norm: [N] float32, gets the Euclidean norm of each row of `weight`.
 
     Raises:
         TypeError, ValueError: an argument of wrong dtype, shape or range, or a weight that is not finite.
@@ -65,25 +73,32 @@ def quantize(weight: torch.Tensor, bits: int, group: int = BLOCK) -> QuantizedWe
     rows, width = weight.shape
     if bits == 4 and width % 2:
         raise ValueError(f"weight: {width} columns, 4 bits need an even number")
-    groups = -(-width // group)
+    _check.optional("error", error, (rows,), dtype=torch.float32, like=weight)
+    _check.optional("norm", norm, (rows,), dtype=torch.float32, like=weight)
+    given = (error, norm)
+    measured = [None if t is None else torch.empty_like(t) for t in given]  # a rejected call changes no argument
+    quantized = _implementation(weight)(weight.detach(), bits, group, error=measured[0], norm=measured[1])
+    for out, result in zip(given, measured):
+        if out is not None:
+            out.copy_(result)
+    return quantized
+
+
+def _implementation(weight: torch.Tensor) -> Callable:
+    """The native kernel where it can, whatever the other ops shall run on, unless that is the reference."""
+    native = registry.choice() != "reference" and not registry.why_not("cpu", "quantize", weight.device, weight.dtype)
+    return registry.resolve("quantize", weight.device, weight.dtype, "cpu" if native else "reference")
+
+
+def unset(weight: torch.Tensor, bits: int, group: int) -> QuantizedWeight:
+    """Memory for `weight` in `bits`, contents undefined."""
+    rows, width = weight.shape
     values = memory.empty((rows, width * bits // 8), torch.int8 if bits == 8 else torch.uint8, weight.device)
-    scale = weight.new_empty(rows, groups, dtype=torch.float32)
-    for first in range(0, rows, _ROWS_AT_ONCE):
-        some = slice(first, min(first + _ROWS_AT_ONCE, rows))
-        w = weight[some].detach().float()
-        if not w.isfinite().all():
-            row = first + int(w.isfinite().all(1).logical_not().nonzero()[0, 0])
-            raise ValueError(f"weight: NaN or infinity in row {row}, expected finite values")
-        w = torch.nn.functional.pad(w, (0, groups * group - width)).view(len(w), groups, group)
-        if bits == 8:
-            step = w.abs().amax(2) / 127
-        else:
-            step = w.gather(2, w.abs().argmax(2, keepdim=True))[..., 0] / -8
-        q = (w / torch.where(step == 0, 1, step)[..., None]).round_().clamp_(max=127 if bits == 8 else 7)
-        q = q.view(len(w), -1)[:, :width].to(torch.int8)
-        values[some] = q if bits == 8 else packed(q)
-        scale[some] = step
-    return QuantizedWeight(values, scale, group)
+    return QuantizedWeight(values, weight.new_empty(rows, -(-width // group), dtype=torch.float32), group)
+
+
+def not_finite(row: int) -> ValueError:
+    return ValueError(f"weight: NaN or infinity in row {row}, expected finite values")
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -11,6 +11,7 @@ from layerskip_kernels.reference.decoder_stack import compose
 from layerskip_kernels.reference.early_exit_cross_entropy import early_exit_cross_entropy
 from layerskip_kernels.reference.exit_head import exit_head
 from layerskip_kernels.reference.kv_rollback import kv_rollback
+from layerskip_kernels.reference.quantize import quantize
 from layerskip_kernels.reference.rms_norm import rms_norm
 from layerskip_kernels.reference.rope_append import rope_append
 from layerskip_kernels.reference.small_linear import small_linear
@@ -32,6 +33,7 @@ OPS = {
         verify_rejection,
         kv_rollback,
         early_exit_cross_entropy,
+        quantize,
     )
 }
 OPS["decoder_stack"] = functools.partial(compose, SimpleNamespace(**OPS))

@@ -1,4 +1,4 @@
-// rms_norm, small_linear: each row of a batch, strided, against the row alone.
+// rms_norm, small_linear, quantize: each row of a batch, strided, against the row alone.
 #include "check.h"
 
 namespace {
@@ -91,8 +91,49 @@ void quantized_linear(int num_threads) {
     }
 }
 
+template <class T>
+void quantized_weight(int num_threads) {
+  const int64_t shapes[][3] = {{1, 2, 64}, {5, 84, 64}, {70, 1090, 128}, {3, 300, 4096}};
+  for (const auto& [n, c, group] : shapes)
+    for (int64_t bits : {8, 4}) {
+      const int64_t stride = c + 1, bytes = c * bits / 8, groups = (c + group - 1) / group;
+      auto w = random_buffer<T>(span(n, stride, c), 4);
+      memset(w + (n - 1) * stride, 0, size_t(c) * sizeof(T));
+      Buffer<uint8_t> values(n * bytes), one(bytes);
+      Buffer<float> scale(n * groups), error(n), norm(n), one_scale(groups);
+      int64_t bad_row = -1;
+      lk::quantize({w, stride, bits, group, values, scale, error, norm, &bad_row, n, c, dtype_of<T>, num_threads});
+      expect(bad_row == n, "quantize: all rows are finite", int(dtype_of<T>), n, c, bits);
+      for (int64_t row = 0; row < n; ++row) {
+        const T* x = w + row * stride;
+        lk::quantize({x, c, bits, group, one, one_scale, nullptr, nullptr, &bad_row, 1, c, dtype_of<T>, 1});
+        expect(same<uint8_t>(one, values + row * bytes, bytes) && same<float>(one_scale, scale + row * groups, groups),
+               "quantize row", int(dtype_of<T>), n, c, bits);
+        double lost = 0, all = 0;
+        bool near = true;
+        for (int64_t i = 0; i < c; ++i) {
+          const uint8_t byte = one[i * bits / 8];
+          const int q = bits == 8 ? int8_t(byte) : (i % 2 ? byte >> 4 : byte & 15) - 8;
+          const float step = one_scale[i / group], v = lk::to_float(x[i]), e = v - float(q) * step;
+          near = near && std::fabs(e) <= std::fabs(step) * (q == 7 && bits == 4 ? 1.001f : 0.501f);
+          lost += double(e) * e, all += double(v) * v;
+        }
+        expect(near, "quantize: nearest value", int(dtype_of<T>), n, c, bits);
+        expect(std::fabs(error[row] - std::sqrt(lost)) <= 1e-5 * std::sqrt(lost) &&
+                   std::fabs(norm[row] - std::sqrt(all)) <= 1e-5 * std::sqrt(all),
+               "quantize norms", int(dtype_of<T>), n, c, bits);
+      }
+      for (int64_t row : {n - 1, n / 2}) {
+        w[row * stride + c - 1] = lk::from_float<T>(row == n - 1 ? NAN : INFINITY);
+        lk::quantize({w, stride, bits, group, values, scale, error, norm, &bad_row, n, c, dtype_of<T>, num_threads});
+        expect(bad_row == row, "quantize: first row that is not finite", int(dtype_of<T>), n, c, bits);
+      }
+    }
+}
+
 }  // namespace
 
+void check_quantize(int num_threads) { FOR_EVERY_DTYPE(quantized_weight, num_threads); }
 void check_rms_norm(int num_threads) { FOR_EVERY_DTYPE(norm, num_threads); }
 void check_small_linear(int num_threads) {
   FOR_EVERY_DTYPE(linear, num_threads);

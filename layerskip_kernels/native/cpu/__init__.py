@@ -50,6 +50,7 @@ if cpu_library()[0] is not None:
     from layerskip_kernels.native.cpu.early_exit_cross_entropy import early_exit_cross_entropy
     from layerskip_kernels.native.cpu.exit_head import exit_head
     from layerskip_kernels.native.cpu.kv_rollback import kv_rollback
+    from layerskip_kernels.native.cpu.quantize import quantize
     from layerskip_kernels.native.cpu.rms_norm import rms_norm
     from layerskip_kernels.native.cpu.rope_append import rope_append
     from layerskip_kernels.native.cpu.small_linear import small_linear
@@ -63,6 +64,7 @@ if cpu_library()[0] is not None:
         "early_exit_cross_entropy": early_exit_cross_entropy,
         "exit_head": exit_head,
         "kv_rollback": kv_rollback,
+        "quantize": quantize,
         "rms_norm": rms_norm,
         "rope_append": rope_append,
         "small_linear": small_linear,
