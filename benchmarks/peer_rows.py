@@ -37,6 +37,7 @@ def _ours(weights: str, **load: Any) -> tuple[Row, Row]:
 
 ROWS = (
     *_ours("bfloat16"),
+    Row(OURS, "bfloat16", "autoregressive", {"head_screen": "none"}, same_as="ours bfloat16 autoregressive"),
     *(
         Row(OURS, "bfloat16", "self_speculative", {"draft_head": head}, same_as="ours bfloat16 autoregressive")
         for head in ("shared", "int8", "int4")

@@ -112,9 +112,14 @@ class Ours:
             max_batch_size=1,
             **load,
         )
-        held = self.decoder.model.weights
+        model = self.decoder.model
+        held = model.weights
         looked_up = 0 if held.lm_head is held.embedding else held.embedding.nbytes
-        self.loaded = {"bytes_per_token": tensor_bytes(held) - looked_up, "draft_head": self.decoder.draft_head}
+        self.loaded = {
+            "bytes_per_token": tensor_bytes(held) - looked_up - held.lm_head.nbytes + model.head_bytes(),
+            "draft_head": self.decoder.draft_head,
+            "head_screen": self.decoder.head_screen,
+        }
 
     def decode(self, method: str) -> dict[str, Any]:
         result = self.decoder.generate(

@@ -6,7 +6,8 @@
 Teacher forced through the kernels that decode, in windows of 64 tokens, every text on its own. `code` is functions of
 Python's standard library, which the demo model was not trained on; `prose` the reference manual that comes with Python.
 The change of perplexity is given with its standard error, over the same tokens. Heads: the share of tokens where the
-head in 8 or 4 bits says what the model's own says, on the same hidden states, after the exit layer and after the last.
+head that drafts, a copy in 8 or 4 bits with its best tokens rated again, and the copy alone say what the model's own
+says, on the same hidden states, after the exit layer and after the last.
 """
 
 from __future__ import annotations
@@ -61,9 +62,13 @@ def read(decoder: lk.SelfSpeculativeDecoder, ids: list[int], copies: dict) -> tu
             piece.run_layers(first, last)
             tokens = torch.cat([token for _, token, _ in heads(model, piece.hidden[0])])
             for name, copy in copies.items():
-                model.draft_weight = copy
+                model.draft_screen = copy
                 drafted = torch.cat([token for _, token, _ in heads(model, piece.hidden[0], drafts=True)])
+                alone = model.ops.exit_head(
+                    piece.hidden[0], model.weights.final_norm, copy.weight, eps=model.config.rms_norm_eps
+                ).token
                 same.setdefault((name, last), []).append(drafted == tokens)
+                same.setdefault((f"{name} alone", last), []).append(alone == tokens)
         logits = torch.cat([logits for _, _, logits in heads(model, piece.hidden[0])])
         targets = text[piece.start + 1 : piece.stop + 1, None]
         losses.append(-logits.log_softmax(-1).gather(1, targets)[:, 0].double())

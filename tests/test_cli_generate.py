@@ -73,7 +73,7 @@ def test_table_says_what_ran(run):
     header, _, row = [line for line in run("--prompt", "Hello", "--exit_layer", 2).stderr.splitlines() if line.strip()]
     cells = dict(zip(header.replace("prefill ms", "prefill").split(), row.split(), strict=True))
     assert list(cells) == ["strategy", "E", "K", "tokens", "tok/s", "acceptance", "rounds", "prefill"]
-    assert (cells["strategy"], cells["E"], cells["K"], cells["tokens"]) == ("self_speculative", "2", "2", "8")
+    assert (cells["strategy"], cells["E"], cells["K"], cells["tokens"]) == ("self_speculative", "2", "3", "8")
     assert cells["acceptance"].endswith("%") and int(cells["rounds"]) > 0 and float(cells["prefill"]) > 0
     row = run("--prompt", "Hello", "--generation_strategy", "autoregressive").stderr.splitlines()[-2].split()
     assert row[:4] == ["autoregressive", "n/a", "n/a", "8"] and row[5:7] == ["n/a", "n/a"]
@@ -167,7 +167,9 @@ def test_stops_at_any_of_the_words_and_tokens(checkpoint, run):
 
 def test_model_args_reach_the_decoder(run):
     assert "max_length=9" in sentence(run("--prompt", "Hello", "--model_args", "max_length=9"))
-    assert sentence(run("--prompt", "x", "--model_args", "num_layers=2")).endswith("quantization, draft_head")
+    assert sentence(run("--prompt", "x", "--model_args", "num_layers=2")).endswith(
+        "quantization, draft_head, head_screen"
+    )
     assert "both given" in sentence(run("--prompt", "x", "--model_args", "backend=cpu"))
     assert "'dtype' does not look like key=value" in run("--prompt", "x", "--model_args", "dtype").stderr
 

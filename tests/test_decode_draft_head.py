@@ -149,7 +149,7 @@ def test_a_head_in_8_bits_may_draft_in_4(model, monkeypatch):
 
 def test_its_size_is_said(model):
     decoder = decoder_of(model, "reference", "int8", exit_layer=1)
-    assert repr(decoder).endswith("num_speculations=2, draft_head=int8 of 0.0 MiB)")
+    assert repr(decoder).endswith("num_speculations=3, draft_head=int8 of 0.0 MiB)")
     assert "bfloat16 on cpu" in repr(decoder)
     assert decoder.model.draft_screen.nbytes == 262 * 64 + 262 * 4
 

@@ -69,7 +69,7 @@ def test_exact_among_near_and_real_ties(dtype):
     args = case(inputs, rows, width, vocab)
     alike = inputs.weight(1, width) + inputs.randn(vocab, width, scale=1e-3 * width**-0.5)
     args["lm_head"] = torch.where(torch.arange(vocab)[:, None] % 3 == 0, alike, args["lm_head"])
-    integers, logits = whole_number_case(inputs, rows, width, vocab)
+    integers, _ = whole_number_case(inputs, rows, width, vocab)
     constant = args | dict(lm_head=inputs.weight(1, width).expand(vocab, width).contiguous())
     for these in (args, integers, constant):
         screen = head_screen(these["lm_head"], 8, exact=True)
@@ -115,7 +115,9 @@ def test_the_best_rescored_match_the_reference(dtype, rows, width, vocab, bits):
             native(**args, logits_out=own)
             atol = 10 * tolerance(dtype, OP).atol
             assert (found.token == expected.token).double().mean() > 0.9
-            differ = (logits - wanted).abs() > atol  # a token more or less of those looked at again, where two are alike
+            differ = (
+                logits - wanted
+            ).abs() > atol  # a token more or less of those looked at again, where two are alike
             assert differ.sum() <= 2 * rows // 20 + 2
             looked_at = (logits == own).sum(1)
             assert (looked_at >= min(RESCORED, vocab)).all()
@@ -195,7 +197,11 @@ def test_wrong_ones_are_refused():
         for wrong, error, sentence in (
             (screen.weight, TypeError, "screen: expected a Screen of a QuantizedWeight"),
             (Screen(args["lm_head"]), TypeError, "screen: expected a Screen of a QuantizedWeight"),
-            (Screen(quantize(args["lm_head"], 4), screen.error), ValueError, "screen.weight: with an error it has 8 bits"),
+            (
+                Screen(quantize(args["lm_head"], 4), screen.error),
+                ValueError,
+                "screen.weight: with an error it has 8 bits",
+            ),
             (Screen(quantize(args["lm_head"][:40], 8)), ValueError, "screen.weight.values: .* expected .50, 64."),
             (Screen(screen.weight, screen.error[:40]), ValueError, "screen.error: "),
         ):

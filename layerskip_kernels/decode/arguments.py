@@ -34,10 +34,10 @@ def exit_layer(value: int | None, config, default: int | None) -> int | None:
 
 
 def default_speculations(device: torch.device) -> int:
-    """On a CPU a window of three tokens still costs about what one costs, its weights' bytes, and larger ones cost
-    multiplications: at a 1B shape two drafts gave 1.36 to 1.47 x, four 1.25 x (benchmarks/results).
+    """On a CPU a window of three or four tokens costs little more than one, its weights' bytes, and larger ones cost
+    multiplications: at a 1B shape two drafts gave 1.42 x, three 1.54 x, four 1.15 x (benchmarks/results).
     """
-    return 2 if device.type == "cpu" else 6
+    return 3 if device.type == "cpu" else 6
 
 
 def speculations(value: int | None, default: int) -> int:

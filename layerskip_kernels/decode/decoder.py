@@ -93,7 +93,7 @@ class SelfSpeculativeDecoder:
         Args:
             model: a local folder, a hub id, or "demo": the small model that comes with the package.
             exit_layer: E, 1..L-1. None: the value recorded with the checkpoint, else L // 4.
-            num_speculations: K, drafted tokens per round, 0 or more. None: the recorded value, else 2 on a
+            num_speculations: K, drafted tokens per round, 0 or more. None: the recorded value, else 3 on a
                 CPU and 6 on a GPU.
             dtype: "float32", "float16", "bfloat16", or "auto" for the checkpoint's own.
             device: "cpu", "cuda", ..., or "auto" for a GPU when there is one.
@@ -178,7 +178,9 @@ class SelfSpeculativeDecoder:
         if weights.lm_head is not weights.embedding:
             size += weights.embedding.nbytes
         drafts = "" if self.draft_head == "shared" else f" of {self.model.head_bytes(drafts=True) / 2**20:.1f} MiB"
-        screen = "" if self.head_screen == "none" else f", head_screen=int8 of {self.model.head_bytes() / 2**20:.1f} MiB"
+        screen = (
+            "" if self.head_screen == "none" else f", head_screen=int8 of {self.model.head_bytes() / 2**20:.1f} MiB"
+        )
         return (
             f"{type(self).__name__}({config.model_type}, {config.num_layers} layers, "
             f"{str(self.dtype).removeprefix('torch.')}{' quantized' if weights.quantized else ''} on {self.device}, "

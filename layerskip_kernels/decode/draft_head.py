@@ -28,8 +28,8 @@ _ROWS_AT_ONCE = 16384
 def choose_draft_head(asked: str, weights: ModelWeights, ops: SimpleNamespace, exit_layer: int | None) -> str:
     """ "shared", "int8" or "int4" for what was asked.
 
-    "auto" takes a copy on the native CPU backend for a head that is not quantized, of `AUTO_BYTES` or more, and of at
-    least `AUTO_SHARE` of the bytes that a draft through `exit_layer` layers reads. Elsewhere it is "shared".
+    "auto" takes a copy on the native CPU backend for a head of `AUTO_BYTES` or more, and of at least `AUTO_SHARE` of
+    the bytes that a draft through `exit_layer` layers reads, not in 4 bits itself. Elsewhere it is "shared".
 
     Raises ValueError, in one sentence, for a copy that the backend can't use.
     """
@@ -37,7 +37,7 @@ def choose_draft_head(asked: str, weights: ModelWeights, ops: SimpleNamespace, e
 
 
 def choose_head_screen(asked: str, weights: ModelWeights, ops: SimpleNamespace) -> str:
-    """ "none" or "int8" for what was asked, by the same rule; a step of all layers is what counts.
+    """ "none" or "int8" for what was asked, by the same rule for a head that is not quantized and all layers.
 
     Raises ValueError, in one sentence, for a copy that the backend can't use, or of a head that is quantized itself.
     """
@@ -51,7 +51,8 @@ def _choose(name: str, asked: str, choices, best: str, weights: ModelWeights, op
     head, backend, off = weights.lm_head, ops.backends["exit_head"], choices[1]
     reason = registry.why_not(backend, "exit_head", weights.embedding.device, weights.embedding.dtype, quantized=True)
     if asked == "auto":
-        if reason or backend != "cpu" or layers is None or isinstance(head, QuantizedWeight):
+        bits = head.bits if isinstance(head, QuantizedWeight) else 16
+        if reason or backend != "cpu" or layers is None or bits <= QUANTIZATIONS[best]:
             return off
         size = sum(getattr(field, "nbytes", 0) for layer in weights.layers[:layers] for field in layer)
         pays = head.nbytes >= AUTO_BYTES and head.nbytes >= AUTO_SHARE * (size + head.nbytes)

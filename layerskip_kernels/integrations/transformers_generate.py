@@ -48,7 +48,7 @@ def generate(
         model: a causal language model of transformers of a supported family.
         input_ids: [B, P] int64 prompts, left-padded where their lengths differ, with their `attention_mask`.
         exit_layer: E, 1..L-1; None: `assistant_early_exit`, else the value recorded with the checkpoint, else L // 4.
-        num_speculations: K, drafted tokens per round; None: the recorded value, else 2 on a CPU and 6 on a GPU.
+        num_speculations: K, drafted tokens per round; None: the recorded value, else 3 on a CPU and 6 on a GPU.
         seed: of sampling: one for the call, or one for each sequence. None: drawn from torch's generator.
         generation_strategy, deterministic_prefill, backend: as in `SelfSpeculativeDecoder`.
         tokenizer: needed by `stop_strings`.

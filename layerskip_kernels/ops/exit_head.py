@@ -66,11 +66,11 @@ RESCORED = 16
 def head_screen(lm_head: torch.Tensor, bits: int, *, exact: bool = False) -> Screen:
     """A screen of an LM head [V, C] in 8 or 4 bits, groups of 64 columns.
 
-    exact: with the error that makes it exact. It takes 8 bits: in 4 nearly every token could be the largest. For a row x
-    after the norm, ``|x · lm_head[v] - x · copy[v]| <= error[v] · |x|`` holds for the products as any backend computes
-    them, by Cauchy and Schwarz: ``error[v] = |lm_head[v] - copy[v]| + |lm_head[v]| · rounding``. Activations beside
-    quantized weights are rounded to 15 bits in blocks of 64, |δx| <= 2^-11 |x|; a sum of C products in float32, in
-    any order, is off by C · 2^-24 of |x| |lm_head[v]| at most, and there are two.
+    exact: with the error that makes it exact. It takes 8 bits: in 4 nearly every token could be the largest. For a
+    row x after the norm, ``|x · lm_head[v] - x · copy[v]| <= error[v] · |x|`` holds for the products as any backend
+    computes them, by Cauchy and Schwarz: ``error[v] = |lm_head[v] - copy[v]| + |lm_head[v]| · rounding``. Activations
+    beside quantized weights are rounded to 15 bits in blocks of 64, |δx| <= 2^-11 |x|; a sum of C products in float32,
+    in any order, is off by C · 2^-24 of |x| |lm_head[v]| at most, and there are two.
 
     Raises:
         TypeError, ValueError: as `quantize`; or exact with 4 bits.
