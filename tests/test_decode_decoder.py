@@ -229,7 +229,7 @@ def test_cache_too_large_for_the_machine(decoder):
 def test_recorded_and_default_exit():
     model = tiny_model("llama3")
     default = lk.SelfSpeculativeDecoder.from_model(model, backend="reference")
-    assert (default.exit_layer, default.num_speculations) == (1, 2)
+    assert (default.exit_layer, default.num_speculations) == (1, 3)
     model.config.layerskip = {"exit_layer": 2, "num_speculations": 3}
     recorded = lk.SelfSpeculativeDecoder.from_model(model, backend="reference")
     assert (recorded.exit_layer, recorded.num_speculations) == (2, 3)

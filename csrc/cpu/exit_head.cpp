@@ -180,21 +180,21 @@ struct Pass {
   }
 
   // As choose(), for a screened row: the candidates' logits as lm_head gives them. False where lm_head has to be read.
+  // `x`: all rows, packed for lm_head; a few dot products too many, and no memory of the choosing thread.
   template <class Rows>
-  bool choose_screened(int64_t row, const Matrix& lm_head, Rows x) const {
+  bool choose_screened(int64_t row, const Matrix& lm_head, const Rows& x) const {
     const Sums s = merge(row);
     Candidate found[kMostCandidates];
     const int n = x_norms ? all_candidates(row, s, found) : best_candidates(row, found);
     if (x_norms && n == 0) return false;
-    x.pack(0, normed + row * a.c);
     const bool filtered = needs_filter(a, first + row);
     const float temperature = is_sampled(a, first + row) && !filtered ? a.sampling.temperature[first + row] : 1;
-    float best = -kInfinity, best_logit = s.best.best_logit;
+    float logits[kMaxPackedRows], best = -kInfinity, best_logit = s.best.best_logit;
     int64_t token = s.best.best_token;
     for (int i = 0; i < n; ++i) {
       const int64_t candidate = found[i].token;
-      float logit;
-      x.panel(lm_head, candidate, candidate + 1, Totals{&logit, 1});
+      x.panel(lm_head, candidate, candidate + 1, Totals{logits, 1});
+      float& logit = logits[row];
       finish(row, candidate, 1, &logit);
       kept_logits(row)[candidate] = logit;
       const float score = logit / temperature + found[i].noise;
@@ -247,8 +247,10 @@ void run(const ExitHeadArgs& a, const MakeRows& rows) {
     std::atomic<bool> certain{screened};
     if (screened) {
       const Pass<T> pass = read<T>(a, screen, true, first, QuantizedRows(m, a.c, a.screen.quantization.bits));
+      auto exact = rows(m, Workspace::head_x);
+      for (int64_t row = 0; row < m; ++row) exact.pack(row, pass.normed + row * a.c);
       auto choose = [&](int64_t row) {
-        if (!pass.choose_screened(row, lm_head, rows(1, Workspace::head_x))) certain = false;
+        if (!pass.choose_screened(row, lm_head, exact)) certain = false;
       };
       parallel_for(a.num_threads, m, choose);
     }
