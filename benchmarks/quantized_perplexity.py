@@ -81,7 +81,7 @@ def measure(model: str, dtype: str, quantization: str | None, texts: list[list[i
         model, dtype=dtype, device="cpu", quantization=quantization, draft_head="shared"
     )
     weights, own = decoder.model.weights, quantization is None
-    copies = {name: make_draft_head(name, weights) for name in ("int8", "int4")} if own else {}
+    copies = {name: make_draft_head(name, weights.lm_head) for name in ("int8", "int4")} if own else {}
     found = [read(decoder, ids, copies) for ids in texts]
     losses, said = (torch.cat([part[i] for part in found]) for i in (0, 1))
     same = {f"{name} after {last}": torch.cat([f[2][name, last] for f in found]) for name, last in found[0][2]}

@@ -64,8 +64,9 @@ class SelfSpeculativeDecoder:
         )
         self.draft_head = choose_draft_head(draft_head, weights, self.ops, self.exit_layer)
         self.head_screen = choose_head_screen(head_screen, weights, self.ops)
-        screen = make_head_screen(self.head_screen, weights)
-        self.model = Model(config, weights, self.ops, screen, make_draft_head(self.draft_head, weights, screen))
+        head = loaded.head_to_copy()
+        screen = make_head_screen(self.head_screen, head)
+        self.model = Model(config, weights, self.ops, screen, make_draft_head(self.draft_head, head, screen))
         self.max_batch_size = arguments.whole("max_batch_size", max_batch_size, 1)
         self.max_length = None if max_length is None else arguments.whole("max_length", max_length, 2)
         self._workspace: Workspace | None = None

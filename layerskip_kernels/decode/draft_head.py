@@ -62,14 +62,14 @@ def _choose(name: str, asked: str, choices, best: str, weights: ModelWeights, op
     return asked
 
 
-def make_head_screen(name: str, weights: ModelWeights) -> Screen | None:
+def make_head_screen(name: str, head: torch.Tensor) -> Screen | None:
     """The copy, in groups of 64 columns; None where none was chosen."""
-    return None if name == "none" else _screen(weights.lm_head, QUANTIZATIONS[name], exact=True)
+    return None if name == "none" else _screen(head, QUANTIZATIONS[name], exact=True)
 
 
-def make_draft_head(name: str, weights: ModelWeights, head_screen: Screen | None = None) -> Screen | None:
+def make_draft_head(name: str, head: torch.Tensor | QuantizedWeight, head_screen: Screen | None = None) -> Screen | None:
     """The copy, in groups of 64 columns; None where the model's own head is what was chosen, or the same already."""
-    head, bits = weights.lm_head, QUANTIZATIONS.get(name)
+    bits = QUANTIZATIONS.get(name)
     if bits is None:
         return None
     if head_screen is not None and head_screen.weight.bits == bits:

@@ -42,6 +42,19 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase | None = None
     path: Path | None = None
 
+    def head_to_copy(self) -> Tensor | QuantizedWeight:
+        """The LM head `[V, C]`, for who reads all of it once.
+
+        A memory-mapped one comes from a mapping of its own, so that its pages count as used memory no longer than this
+        tensor lives: who decodes with a copy needs few of them.
+        """
+        head = self.weights.lm_head
+        if self.path is None or isinstance(head, QuantizedWeight) or head.device.type != "cpu":
+            return head
+        with Checkpoint(self.path) as checkpoint:
+            name = EMBEDDING if self.config.tie_word_embeddings else LM_HEAD
+            return checkpoint.stored(name) if checkpoint.dtype(name) == head.dtype else head
+
 
 def load_checkpoint(
     path_or_id: str | Path,
