@@ -28,7 +28,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     set(LAYERSKIP_FLAGS_avx2 -mavx2 -mfma -mf16c)
     # GCC 12 takes the undefined pass-through operands of its own AVX-512 intrinsics for mistakes.
     set(LAYERSKIP_FLAGS_avx512 ${LAYERSKIP_FLAGS_avx2} -Wno-maybe-uninitialized -Wno-uninitialized -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
-    set(LAYERSKIP_FLAGS_avx512_bf16 ${LAYERSKIP_FLAGS_avx512} -mavx512bf16)
+    set(LAYERSKIP_FLAGS_avx512_bf16 ${LAYERSKIP_FLAGS_avx512} -mavx512bf16 -mavx512vnni)
     if(LAYERSKIP_EMULATE_AVX512)
         set(LAYERSKIP_FLAGS_avx512 ${LAYERSKIP_FLAGS_avx2} -Wno-psabi -I${CMAKE_SOURCE_DIR}/tests/native/avx512_emulated)
         set(LAYERSKIP_FLAGS_avx512_bf16 ${LAYERSKIP_FLAGS_avx512})

@@ -72,11 +72,12 @@ std::string why_variant_unsupported(const std::string& variant) {
                             {"AVX512BW", bool(seven.b >> 30 & 1)},
                             {"AVX512VL", bool(seven.b >> 31 & 1)},
                             {"the saved ZMM state", zmm}};
-  const Feature bf16 = {"AVX512_BF16", bool(seven_one.a >> 5 & 1)};
+  const bool bf16 = variant == "avx512_bf16";
   if (variant == "avx2") return missing({avx2[0], avx2[1], avx2[2], avx2[3]});
   if (variant == "avx512" || variant == "avx512_bf16")
     return missing({avx2[0], avx2[1], avx2[2], avx2[3], avx512[0], avx512[1], avx512[2], avx512[3], avx512[4],
-                    variant == "avx512_bf16" ? bf16 : Feature{"", true}});
+                    {"AVX512_BF16", !bf16 || bool(seven_one.a >> 5 & 1)},
+                    {"AVX512_VNNI", !bf16 || bool(seven.c >> 11 & 1)}});
 #endif
   return variant == "scalar" ? "" : "not built for this processor";
 }

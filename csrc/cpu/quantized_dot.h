@@ -85,18 +85,40 @@ LK_INLINE Ints multiply_pairs(Words a, Words b) {
 #endif
 }
 
-// sums[j][i] + factors[j][i][0] * (dot product of the block of weight row j and that of packed row i).
+// sums + multiply_pairs(a, b), in one instruction where there is one for it.
+LK_INLINE Ints add_pairs(Ints sums, Words a, Words b) {
+#if defined(LK_VARIANT_AVX512_BF16)
+  return Ints(_mm512_dpwssd_epi32(__m512i(sums), __m512i(a), __m512i(b)));
+#else
+  return sums + multiply_pairs(a, b);
+#endif
+}
+
+// Sums of products of a block's weights and x's, kVectors vectors each.
+LK_INLINE vf block_dots(const Words (&weights)[kVectors], const Words (&x)[kVectors]) {
+  Ints dots = multiply_pairs(weights[0], x[0]);
+  LK_UNROLL for (int k = 1; k < kVectors; ++k) dots = add_pairs(dots, weights[k], x[k]);
+  return __builtin_convertvector(dots, vf);
+}
+LK_INLINE void load_words(const int16_t* x, Words (&words)[kVectors]) {
+  LK_UNROLL for (int k = 0; k < kVectors; ++k) words[k] = load_vector<Words>(x + k * kWords);
+}
+
+// sums[j][i] + factors[j][i][0] * (dot product of the block of weight row j and that of packed row i). What is kept in
+// registers is all rows' weights, so that x is loaded once for them, or without room for these one row's.
 template <int kBits, int kRows, int kCols>
 LK_INLINE void add_block(vf (&sums)[kRows][kCols], const uint8_t* w, int64_t w_stride, const int16_t* x,
                          const float (*factors)[kCols][kWidth]) {
-  LK_UNROLL for (int j = 0; j < kRows; ++j) {
-    Words weights[kVectors];
-    Stored<kBits>::unpack(w + j * w_stride, weights);
+  constexpr int kHeld = kRegisters >= 24 ? kRows : 1;
+  LK_UNROLL for (int first = 0; first < kRows; first += kHeld) {
+    Words weights[kHeld][kVectors];
+    LK_UNROLL for (int j = 0; j < kHeld; ++j) Stored<kBits>::unpack(w + (first + j) * w_stride, weights[j]);
     LK_UNROLL for (int i = 0; i < kCols; ++i) {
-      Ints dots = multiply_pairs(weights[0], load_vector<Words>(x + i * kBlock));
-      LK_UNROLL for (int k = 1; k < kVectors; ++k)
-        dots += multiply_pairs(weights[k], load_vector<Words>(x + i * kBlock + k * kWords));
-      sums[j][i] = accumulate(sums[j][i], __builtin_convertvector(dots, vf), set1(factors[j][i][0]));
+      Words words[kVectors];
+      load_words(x + i * kBlock, words);
+      LK_UNROLL for (int j = 0; j < kHeld; ++j)
+        sums[first + j][i] =
+            accumulate(sums[first + j][i], block_dots(weights[j], words), set1(factors[first + j][i][0]));
     }
   }
 }

@@ -10,7 +10,8 @@ namespace {
 constexpr int64_t kPackedBytes = 64 << 10;
 constexpr float kSmallest = 0x1p-100f;
 
-constexpr int rows_of(int cols) { return cols < 3 ? 4 : 2; }  // weight rows of a register tile with `cols` x rows
+// Weight rows of a register tile with `cols` x rows.
+constexpr int rows_of(int cols) { return cols < 3 || kRegisters >= 24 ? 4 : 2; }
 
 // What a pass over the columns [blocks from first to last) of some weight rows needs.
 struct Span {

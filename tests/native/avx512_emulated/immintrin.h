@@ -166,6 +166,7 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_castsi256_si512(x) emulated::join<__m512i>(x, x)
 #define _mm512_inserti64x4(a, b, which) emulated::join<__m512i>(emulated::half<__m256i>(a, 0), b)  // which: 1
 #define _mm512_madd_epi16(a, b) emulated::multiply_pairs(a, b)
+#define _mm512_dpwssd_epi32(sums, a, b) _mm512_add_epi32(sums, emulated::multiply_pairs(a, b))
 #define _mm512_and_si512(a, b) ((__m512i)((a) & (b)))
 #define _mm512_add_epi32(a, b) ((__m512i)((emulated::U32)(a) + (emulated::U32)(b)))
 #define _mm512_sub_epi32(a, b) ((__m512i)((emulated::U32)(a) - (emulated::U32)(b)))
