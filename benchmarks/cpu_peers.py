@@ -43,7 +43,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from layerskip_kernels import __version__
 from layerskip_kernels.files import write_whole
-from layerskip_kernels.measure.environment import cpu_model, version
+from layerskip_kernels.measure.environment import cpu_model, cpu_variant, version
 from layerskip_kernels.models.hub import checkpoint_folder
 
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "openvino", "optimum-intel", "nncf", "numpy")
@@ -200,15 +200,20 @@ def main(argv: list[str] | None = None) -> None:
     turns: list[dict] = []
     tokens: dict[str, list[int]] = {}
     try:
-        measure(arguments, workers, reasons, console, turns, tokens)
-    except KeyboardInterrupt:
-        console.print(f"interrupted: {len(turns)} turns are kept")
-    finally:
-        loaded = {key: worker.loaded for key, worker in workers.items()}
+        try:
+            measure(arguments, workers, reasons, console, turns, tokens)
+        except KeyboardInterrupt:
+            console.print(f"interrupted: {len(turns)} turns are kept")
+        report(arguments, source.name, task, workers, reasons, turns, tokens)
+    finally:  # after the report: closing takes seconds, and a second interrupt would lose what was measured
         for worker in workers.values():
             worker.close()
+
+
+def report(arguments, model: str, task: Task, workers, reasons, turns: list[dict], tokens: dict) -> None:
+    """Writes the file of `--json`, and prints the table."""
     found = [
-        figures(row, [turn for turn in turns if turn["row"] == row.name], tokens, loaded[row.worker])
+        figures(row, [turn for turn in turns if turn["row"] == row.name], tokens, workers[row.worker].loaded)
         for row in arguments.chosen
         if row.name not in reasons
     ]
@@ -219,24 +224,29 @@ def main(argv: list[str] | None = None) -> None:
         for name, value in vars(arguments).items()
         if name not in ("chosen", "json", "cache", "lock", "lock_seconds", "openvino_python")
     }
-    settings |= {"exit_layer": task.exit_layer, "num_speculations": task.num_speculations, "model": source.name}
-    caption = (
-        f"{source.name}, E={task.exit_layer}, K={task.num_speculations}, {len(task.prompt)}+{task.new_tokens} tokens, "
-        f"{task.threads} threads, medians of {arguments.rounds} rounds"
-    )
-    Console(width=140).print(table(found, reasons, task.new_tokens, caption))
+    settings |= {"exit_layer": task.exit_layer, "num_speculations": task.num_speculations, "model": model}
     if arguments.json:
         whole = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "settings": settings,
             "versions": versions,
-            "machine": {"cpu": cpu_model(), "logical_processors": os.cpu_count(), "system": platform.system()},
+            "machine": {
+                "cpu": cpu_model(),
+                "cpu_variant": cpu_variant(),
+                "logical_processors": os.cpu_count(),
+                "system": platform.system(),
+            },
             "rows": found,
             "unavailable": reasons,
             "turns": turns,
             "tokens": tokens,
         }
         write_whole(arguments.json, (json.dumps(whole, indent=1) + "\n").encode())
+    caption = (
+        f"{model}, E={task.exit_layer}, K={task.num_speculations}, {len(task.prompt)}+{task.new_tokens} tokens, "
+        f"{task.threads} threads, medians of {arguments.rounds} rounds"
+    )
+    Console(width=140).print(table(found, reasons, task.new_tokens, caption))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ def environment(decoder: Any) -> dict[str, Any]:
     """Versions, machine, and how the model runs on it."""
     import torch
 
-    machine = {"cpu": cpu_model(), "logical_processors": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine = {"cpu": cpu_model(), "cpu_variant": cpu_variant()}
+    machine |= {"logical_processors": os.cpu_count(), "threads": torch.get_num_threads()}
     if decoder.device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(decoder.device)
     versions = {name: version(name) for name in PACKAGES}
@@ -56,3 +57,10 @@ def cpu_model() -> str:
     except OSError:  # not Linux
         found = None
     return found[1] if found else platform.processor() or platform.machine()
+
+
+def cpu_variant() -> str | None:
+    """The instruction set that the CPU kernels use; None where their library does not load."""
+    from layerskip_kernels.native.info import build_report
+
+    return build_report()["cpu"].get("active_variant")
