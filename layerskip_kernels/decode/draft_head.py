@@ -67,7 +67,9 @@ def make_head_screen(name: str, head: torch.Tensor) -> Screen | None:
     return None if name == "none" else _screen(head, QUANTIZATIONS[name], exact=True)
 
 
-def make_draft_head(name: str, head: torch.Tensor | QuantizedWeight, head_screen: Screen | None = None) -> Screen | None:
+def make_draft_head(
+    name: str, head: torch.Tensor | QuantizedWeight, head_screen: Screen | None = None
+) -> Screen | None:
     """The copy, in groups of 64 columns; None where the model's own head is what was chosen, or the same already."""
     bits = QUANTIZATIONS.get(name)
     if bits is None:
