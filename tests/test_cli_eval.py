@@ -88,6 +88,9 @@ def reports(folder):
 
 
 def test_speculation_changes_no_score():
+    page = Path("python_lines.jsonl").read_text()
+    nobody = {**json.loads(page.splitlines()[0]), "end": "what no model says"}  # so that the score is not the best one
+    Path("python_lines.jsonl").write_text(page.rstrip() + "\n" + json.dumps(nobody) + "\n")
     found = []
     for strategy in ("self_speculative", "autoregressive"):
         out = f"new/{strategy}"
@@ -101,11 +104,11 @@ def test_speculation_changes_no_score():
     rows, plain_rows = answers["python_lines"], plain_answers["python_lines"]
     right = sum(row["resps"] == [[row["doc"]["end"]]] for row in rows)
     score = drafted["results"]["python_lines"]["exact_match,none"]
-    assert 3 <= right < 6 and score == pytest.approx(right / 6) and f"{score:.4f}" in shown
+    assert 3 <= right < 7 and score == pytest.approx(right / 7) and f"{score:.4f}" in shown
     assert [row["resps"] for row in rows] == [row["resps"] for row in plain_rows]
     assert all(text and "\n" not in text for row in rows for (text,) in row["resps"])
     made = drafted["config"]["layerskip"]["generation"]
-    assert made["answers"] == 6 and 0 < made["acceptance_rate"] <= 1 < made["tokens_per_round"]
+    assert made["answers"] == 7 and 0 < made["acceptance_rate"] <= 1 < made["tokens_per_round"]
     assert f"{made['acceptance_rate']:.1%}" in shown and f"{made['tokens_per_round']:.2f}" in shown
     assert "acceptance_rate" not in plain["config"]["layerskip"]["generation"]
     assert drafted["settings"]["tasks"] == ["python_lines.yaml"] and drafted["config"]["model"] == "layerskip"
