@@ -155,6 +155,15 @@ def test_tied_checkpoint_with_another_head_keeps_it(copy_of):
     assert torch.equal(loaded.weights.lm_head, loaded.weights.embedding + 1)
 
 
+@pytest.mark.parametrize("case", ["tied", "untied", "converted"])
+def test_the_head_that_copies_are_made_from_has_a_mapping_of_its_own(case, tmp_path):
+    folder = tiny_checkpoint(tmp_path, "llama2", dtype=torch.bfloat16, tie_word_embeddings=case == "tied")
+    loaded = load_checkpoint(folder, dtype="float32" if case == "converted" else "auto")
+    head = loaded.head_to_copy()
+    assert torch.equal(head, loaded.weights.lm_head)
+    assert (head.data_ptr() == loaded.weights.lm_head.data_ptr()) == (case == "converted")
+
+
 def test_rotary_frequencies_of_old_checkpoints_are_left_out(copy_of):
     folder = copy_of("untied")
     rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))

@@ -64,7 +64,8 @@ class SelfSpeculativeDecoder:
         )
         self.draft_head = choose_draft_head(draft_head, weights, self.ops, self.exit_layer)
         self.head_screen = choose_head_screen(head_screen, weights, self.ops)
-        head = loaded.head_to_copy()
+        copied = (self.draft_head, self.head_screen) != ("shared", "none")
+        head = loaded.head_to_copy() if copied else weights.lm_head
         screen = make_head_screen(self.head_screen, head)
         self.model = Model(config, weights, self.ops, screen, make_draft_head(self.draft_head, head, screen))
         self.max_batch_size = arguments.whole("max_batch_size", max_batch_size, 1)
