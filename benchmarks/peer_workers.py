@@ -117,6 +117,7 @@ class Ours:
         looked_up = 0 if held.lm_head is held.embedding else held.embedding.nbytes
         self.loaded = {
             "bytes_per_token": tensor_bytes(held) - looked_up - held.lm_head.nbytes + model.head_bytes(),
+            "draft_layers": self.decoder.draft_layers,
             "draft_head": self.decoder.draft_head,
             "head_screen": self.decoder.head_screen,
         }

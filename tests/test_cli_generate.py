@@ -168,7 +168,7 @@ def test_stops_at_any_of_the_words_and_tokens(checkpoint, run):
 def test_model_args_reach_the_decoder(run):
     assert "max_length=9" in sentence(run("--prompt", "Hello", "--model_args", "max_length=9"))
     assert sentence(run("--prompt", "x", "--model_args", "num_layers=2")).endswith(
-        "quantization, draft_head, head_screen"
+        "quantization, draft_layers, draft_head, head_screen"
     )
     assert "both given" in sentence(run("--prompt", "x", "--model_args", "backend=cpu"))
     assert "'dtype' does not look like key=value" in run("--prompt", "x", "--model_args", "dtype").stderr
@@ -237,7 +237,7 @@ def test_refused_values_come_with_the_allowed_ones(run):
         assert result.exit_code == 2, result.output
         return result.stderr
 
-    assert "Did you mean '--exit_layer'" in usage("--exit_leyer", 3)
+    assert "Did you mean '--max_batch_size'" in usage("--max_batch_siz", 3)
     assert all(strategy in usage("--generation_strategy", "greedy") for strategy in STRATEGIES)
     assert "'maybe' is not True or False" in usage("--sample", "maybe")
     assert "x>=1" in usage("--max_steps", 0)

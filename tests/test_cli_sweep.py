@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,13 +93,17 @@ def test_fast_predicts_what_is_accepted(run, tmp_path, more, monkeypatch):
 
 
 def test_costs_add_up_by_hand():
-    costs = Costs(10, 1, 64, [1, 3], [1.0, 2.0], [0.5, 0.5], [4.0, 6.0], 1.5, 0.25, 3.0, 0.125)
+    costs = Costs(10, 1, 64, [1, 3], [1.0, 2.0], [0.5, 0.5], [4.0, 6.0], 1.0, 1.5, 0.25, 3.0, 0.125)
     assert costs.step() == 10 * 1.0 + 0.5 + 4.0 + 0.25
     # two drafts and one more pass of 3 layers; 7 layers and the head over 3 tokens
     expected = 3 * (3 * 1.0 + 0.5) + 2 * (1.5 + 0.125) + (7 * 2.0 + 0.5) + 6.0 + 3.0
     assert costs.round(3, 2) == pytest.approx(expected)
     assert costs.layers(10, 2) == pytest.approx(15.5)
     setting = Setting(3, 2, 0.5, 0.5, tokens_per_round=2.5, ceiling=1.0)
+    # copies draft at half the cost, and all layers verify
+    copied = replace(costs, draft_layer=0.5, copies_draft=True)
+    assert copied.round(3, 2) == pytest.approx(2 * (3 * 0.5 + 0.5 + 1.5 + 0.125) + (10 * 2.0 + 0.5) + 6.0 + 3.0)
+    assert copied.step() == costs.step()
     assert costs.speedup(setting) == pytest.approx(2.5 * costs.step() / expected)
 
 

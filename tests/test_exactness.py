@@ -101,7 +101,8 @@ def test_no_bit_of_an_answer_depends_on_how_it_was_decoded(dtype, data):
     model = model_of(draw(st.sampled_from(FAMILIES), "family"), dtype, draw(st.sampled_from(LATE_SCALES), "late scale"))
     slots = draw(st.integers(1, 4), "slots")
     alone = lk.SelfSpeculativeDecoder.from_model(model, max_batch_size=1)
-    decoder = lk.SelfSpeculativeDecoder.from_model(model, max_batch_size=slots)
+    copies = {name: draw(st.sampled_from(["shared", "int8", "int4"]), name) for name in ("draft_layers", "draft_head")}
+    decoder = lk.SelfSpeculativeDecoder.from_model(model, max_batch_size=slots, **copies)
 
     prompts = draw(st.lists(PROMPT, min_size=1, max_size=6), "prompts")
     seeds = draw(st.lists(st.integers(0, 2**63 - 1), min_size=len(prompts), max_size=len(prompts)), "seeds")

@@ -16,7 +16,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 VERIFICATIONS = ("coupled", "rejection")
 METHODS = ("standard", "block")
 QUANTIZATIONS = ("int8", "int4")
-DRAFT_HEADS = ("auto", "shared", "int8", "int4")
+DRAFT_LAYERS = DRAFT_HEADS = ("auto", "shared", "int8", "int4")
 HEAD_SCREENS = ("auto", "none", "int8")
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
@@ -92,6 +92,12 @@ def model_options(command: Callable | None = None, *, max_batch_size: int = 8, d
     if command is None:
         return partial(model_options, max_batch_size=max_batch_size, drafts=drafts)
     if drafts:
+        draft_layers = click.option(
+            "--draft_layers",
+            type=click.Choice(DRAFT_LAYERS),
+            default=DRAFT_LAYERS[0],
+            help="Layers that draft: the model's, or copies of them. auto: copies where they pay.",
+        )
         draft_head = click.option(
             "--draft_head",
             type=click.Choice(DRAFT_HEADS),
@@ -104,7 +110,7 @@ def model_options(command: Callable | None = None, *, max_batch_size: int = 8, d
             default=HEAD_SCREENS[0],
             help="Copy of the LM head read in its place; changes no answer. auto: where it pays.",
         )
-        command = draft_head(head_screen(command))
+        command = draft_layers(draft_head(head_screen(command)))
     for option in reversed(
         [
             click.option(

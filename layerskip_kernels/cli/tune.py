@@ -105,6 +105,7 @@ def _choice(decoder: Any, timed: list[tuple[Any, float]], predicted: dict[Any, f
             "dtype": str(decoder.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "batch_size": decoder.max_batch_size,
+            "draft_layers": decoder.draft_layers,
             "draft_head": decoder.draft_head,
             "speedup": speeds[best] / speeds[None],
             "predicted_speedup": predicted[best],

@@ -21,6 +21,7 @@ from layerskip_kernels.decode.draft_head import (
     make_draft_head,
     make_head_screen,
 )
+from layerskip_kernels.decode.draft_layers import DRAFT_LAYERS, choose_draft_layers, make_draft_layers
 from layerskip_kernels.decode.generate import STRATEGIES, Generation
 from layerskip_kernels.decode.model import Model
 from layerskip_kernels.decode.processors import Processing
@@ -44,13 +45,23 @@ class SelfSpeculativeDecoder:
     Attributes:
         config: `ModelConfig`; tokenizer: the checkpoint's, or None.
         exit_layer, num_speculations: what `generate` uses unless told otherwise.
-        draft_head: "shared", "int8" or "int4": the head that drafts.
+        draft_layers, draft_head: "shared", "int8" or "int4": the layers and the head that draft.
         head_screen: "none" or "int8": the copy that is read in place of the LM head, without changing an answer.
         ops: the bound ops, with `ops.backends` saying which backend serves each.
     """
 
     def __init__(
-        self, loaded, *, exit_layer, num_speculations, backend, max_batch_size, max_length, draft_head, head_screen
+        self,
+        loaded,
+        *,
+        exit_layer,
+        num_speculations,
+        backend,
+        max_batch_size,
+        max_length,
+        draft_layers,
+        draft_head,
+        head_screen,
     ):
         config, weights = loaded.config, loaded.weights
         registry.check_backend_name(backend)
@@ -62,12 +73,20 @@ class SelfSpeculativeDecoder:
         self.num_speculations = arguments.speculations(
             num_speculations, arguments.default_speculations(device) if recorded is None else recorded
         )
+        self.draft_layers = choose_draft_layers(draft_layers, weights, self.ops, self.exit_layer)
         self.draft_head = choose_draft_head(draft_head, weights, self.ops, self.exit_layer)
         self.head_screen = choose_head_screen(head_screen, weights, self.ops)
         copied = (self.draft_head, self.head_screen) != ("shared", "none")
         head = loaded.head_to_copy() if copied else weights.lm_head
         screen = make_head_screen(self.head_screen, head)
-        self.model = Model(config, weights, self.ops, screen, make_draft_head(self.draft_head, head, screen))
+        self.model = Model(
+            config,
+            weights,
+            self.ops,
+            screen,
+            make_draft_head(self.draft_head, head, screen),
+            make_draft_layers(self.draft_layers, weights, self.exit_layer),
+        )
         self.max_batch_size = arguments.whole("max_batch_size", max_batch_size, 1)
         self.max_length = None if max_length is None else arguments.whole("max_length", max_length, 2)
         self._workspace: Workspace | None = None
@@ -87,6 +106,7 @@ class SelfSpeculativeDecoder:
         max_batch_size: int = 8,
         max_length: int | None = None,
         quantization: str | None = None,
+        draft_layers: str = "auto",
         draft_head: str = "auto",
         head_screen: str = "auto",
     ) -> SelfSpeculativeDecoder:
@@ -105,6 +125,11 @@ class SelfSpeculativeDecoder:
             quantization: "int8" or "int4" (8.5 and 4.5 bits per weight): linears are quantized while loading, the LM
                 head to 8 bits either way. Norms, biases and the embedding table stay as they are. On the CPU only.
                 None: as stored, where torchao's weight-only int8 and int4 stay what they are, too.
+            draft_layers: the layers that draft. "shared": the model's own, whose hidden states verification goes on
+                with; "int8", "int4": quantized copies of them, made while loading, or in a call with a later exit, of
+                1/2 or 1/4 of the bytes of bfloat16 ones. Verification then runs all layers over the window, so what is
+                said never changes. "auto": copies in 8 bits where they pay, on the CPU and for layers that no cache
+                holds; else shared.
             draft_head: the LM head that drafts. "shared": the model's own; "int8", "int4": a quantized copy, made while
                 loading, of 1/2 or 1/4 of the bytes of a bfloat16 one, whose best 16 tokens the model's own rates.
                 Verification uses the model's own, so what is said never changes, only how much of a draft is accepted
@@ -121,6 +146,7 @@ class SelfSpeculativeDecoder:
         from layerskip_kernels.models.loading import load_checkpoint
 
         registry.check_backend_name(backend)
+        arguments.one_of("draft_layers", draft_layers, DRAFT_LAYERS)
         arguments.one_of("draft_head", draft_head, DRAFT_HEADS)
         arguments.one_of("head_screen", head_screen, HEAD_SCREENS)
         return cls(
@@ -130,6 +156,7 @@ class SelfSpeculativeDecoder:
             backend=backend,
             max_batch_size=max_batch_size,
             max_length=max_length,
+            draft_layers=draft_layers,
             draft_head=draft_head,
             head_screen=head_screen,
         )
@@ -146,6 +173,7 @@ class SelfSpeculativeDecoder:
         max_batch_size: int = 8,
         max_length: int | None = None,
         quantization: str | None = None,
+        draft_layers: str = "auto",
         draft_head: str = "auto",
         head_screen: str = "auto",
     ) -> SelfSpeculativeDecoder:
@@ -156,6 +184,7 @@ class SelfSpeculativeDecoder:
         """
         from layerskip_kernels.models.loading import from_transformers
 
+        arguments.one_of("draft_layers", draft_layers, DRAFT_LAYERS)
         arguments.one_of("draft_head", draft_head, DRAFT_HEADS)
         arguments.one_of("head_screen", head_screen, HEAD_SCREENS)
         loaded = from_transformers(hf_model, quantization)
@@ -170,6 +199,7 @@ class SelfSpeculativeDecoder:
             backend=backend,
             max_batch_size=max_batch_size,
             max_length=max_length,
+            draft_layers=draft_layers,
             draft_head=draft_head,
             head_screen=head_screen,
         )
@@ -179,6 +209,10 @@ class SelfSpeculativeDecoder:
         size = self.model.layer_bytes(0, config.num_layers) + weights.lm_head.nbytes
         if weights.lm_head is not weights.embedding:
             size += weights.embedding.nbytes
+        layers = ""
+        if self.draft_layers != "shared":
+            copies = self.model.layer_bytes(0, self.exit_layer or 0, drafts=True)
+            layers = f", draft_layers={self.draft_layers} of {copies / 2**20:.1f} MiB"
         drafts = "" if self.draft_head == "shared" else f" of {self.model.head_bytes(drafts=True) / 2**20:.1f} MiB"
         screen = (
             "" if self.head_screen == "none" else f", head_screen=int8 of {self.model.head_bytes() / 2**20:.1f} MiB"
@@ -186,8 +220,8 @@ class SelfSpeculativeDecoder:
         return (
             f"{type(self).__name__}({config.model_type}, {config.num_layers} layers, "
             f"{str(self.dtype).removeprefix('torch.')}{' quantized' if weights.quantized else ''} on {self.device}, "
-            f"weights {size / 2**20:.1f} MiB, exit_layer={self.exit_layer}, num_speculations={self.num_speculations}, "
-            f"draft_head={self.draft_head}{drafts}{screen})"
+            f"weights {size / 2**20:.1f} MiB, exit_layer={self.exit_layer}, num_speculations={self.num_speculations}"
+            f"{layers}, draft_head={self.draft_head}{drafts}{screen})"
         )
 
     @property

@@ -48,6 +48,8 @@ class Generation:
         self.speculative = strategy == "self_speculative"
         self.exit_layer, self.drafts = exit_layer, drafts if self.speculative else 0
         self.last_layer = exit_layer if strategy == "early_exit" else self.model.config.num_layers
+        if self.speculative:
+            self.model.prepare_drafts(exit_layer)
         self.eos_ids, self.stop, self.streamer = workspace.eos_ids(eos_ids), stop, streamer
         self.eos = frozenset(eos_ids)
         self.show_draft = self._show_draft if hasattr(streamer, "put_draft") else None

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from layerskip_kernels.decode.cache import KVCache
+from layerskip_kernels.decode.draft_layers import DraftLayers
 from layerskip_kernels.models.config import ModelConfig
 from layerskip_kernels.models.rope import Rope
 from layerskip_kernels.models.weights import ModelWeights
@@ -16,7 +17,7 @@ class Model:
     """Weights, config and ops bound to one backend: embedding, a range of layers, head.
 
     `screen`, `draft_screen`: copies of the LM head read in its place, by what verifies and by drafts; the latter None:
-    as what verifies.
+    as what verifies. `draft_layers`: copies of the early layers that draft; None: they draft themselves.
     """
 
     def __init__(
@@ -26,27 +27,30 @@ class Model:
         ops: SimpleNamespace,
         screen: Screen | None = None,
         draft_screen: Screen | None = None,
+        draft_layers: DraftLayers | None = None,
     ):
         self.config, self.weights, self.ops = config, weights, ops
         self.screen, self.draft_screen = screen, draft_screen or screen
+        self.draft_layers = draft_layers
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.rope = Rope(config.rope, self.device)
         linear = torch_linear(ops) if torch_is_faster(ops, self.device, self.dtype) else ops.small_linear
         self._prefill_ops = SimpleNamespace(**{**vars(ops), "small_linear": linear})
-        self._ranges: dict[tuple[int, int], DecoderLayers] = {}
+        self._ranges: dict[tuple[int, int, bool], DecoderLayers] = {}
 
     def embed(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
         """tokens [N] int64 -> out [N, C]."""
         torch.index_select(self.weights.embedding, 0, tokens, out=out)
 
     def run_layers(
-        self, first: int, last: int, hidden: torch.Tensor, cache: KVCache, *, prefill=False, **where
+        self, first: int, last: int, hidden: torch.Tensor, cache: KVCache, *, drafts=False, prefill=False, **where
     ) -> None:
         """Layers [first, last) on hidden [B, T, C], in place. `where`: see `ops.decoder_stack`.
 
-        `prefill`: the products go through torch where it is made for many rows.
+        `drafts`: the copies that draft, where there are some. `prefill`: the products go through torch where it is made
+        for many rows.
         """
-        arguments = (hidden, self._layers(first, last), *cache.layers(first, last))
+        arguments = (hidden, self._layers(first, last, drafts), *cache.layers(first, last))
         constants = dict(
             eps=self.config.rms_norm_eps, scale=self.config.scale, attention_factor=self.rope.attention_factor
         )
@@ -54,6 +58,10 @@ class Model:
             compose(self._prefill_ops, *arguments, **constants, **where)
         else:
             self.ops.decoder_stack(*arguments, **constants, **where)
+
+    def prepare_drafts(self, exit_layer: int) -> None:
+        """Make the copies of layers [0, exit_layer) that drafts need; raises ValueError for a weight that has none."""
+        self._layers(0, exit_layer, drafts=True)
 
     def head(
         self,
@@ -95,20 +103,22 @@ class Model:
         screen = self.draft_screen if drafts else self.screen
         return self.weights.lm_head.nbytes if screen is None else screen.nbytes
 
-    def layer_bytes(self, first: int, last: int) -> int:
+    def layer_bytes(self, first: int, last: int, drafts: bool = False) -> int:
         """Of weights that layers [first, last) read."""
-        return sum(getattr(field, "nbytes", 0) for layer in self.weights.layers[first:last] for field in layer)
+        return sum(getattr(field, "nbytes", 0) for layer in self._layers(first, last, drafts) for field in layer)
 
     def draft_share(self, exit_layer: int) -> float:
         """Weights read for a drafted token over those of a whole pass: what it costs where memory limits decoding."""
-        draft = self.layer_bytes(0, exit_layer) + self.head_bytes(drafts=True)
+        draft = self.layer_bytes(0, exit_layer, drafts=True) + self.head_bytes(drafts=True)
         return draft / (self.layer_bytes(0, self.config.num_layers) + self.head_bytes())
 
-    def _layers(self, first: int, last: int) -> DecoderLayers:
+    def _layers(self, first: int, last: int, drafts: bool = False) -> DecoderLayers:
         """One object per range, so that what a backend prepares from it is prepared once."""
-        if (first, last) not in self._ranges:
-            self._ranges[first, last] = DecoderLayers(self.weights.layers[first:last])
-        return self._ranges[first, last]
+        key = first, last, drafts and self.draft_layers is not None
+        if key not in self._ranges:
+            layers = self.draft_layers.first(last) if key[2] else self.weights.layers
+            self._ranges[key] = DecoderLayers(layers[first:last])
+        return self._ranges[key]
 
 
 def torch_is_faster(ops: SimpleNamespace, device: torch.device, dtype: torch.dtype) -> bool:

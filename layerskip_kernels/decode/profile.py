@@ -45,10 +45,10 @@ class ProfiledModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def run_layers(self, first: int, last: int, *args: Any, **where: Any) -> None:
-        size = self._model.layer_bytes(first, last)
+    def run_layers(self, first: int, last: int, *args: Any, drafts: bool = False, **where: Any) -> None:
+        size = self._model.layer_bytes(first, last, drafts)
         name = self._name("layers", last == self._exit_layer)
-        self._timed(name, self._model.run_layers, size)(first, last, *args, **where)
+        self._timed(name, self._model.run_layers, size)(first, last, *args, drafts=drafts, **where)
 
     def head(self, *args: Any, **options: Any) -> None:
         size = self._model.head_bytes()

@@ -92,9 +92,12 @@ def draft(
     rejection: Rejection | None,
     adaptation: Adaptation | None,
 ) -> Round:
-    """K tokens by the early layers, whose hidden states are kept; then their pass over the last draft."""
+    """K tokens by the early layers, whose hidden states are kept; then their pass over the last draft.
+
+    Where copies of them draft, nothing is kept, and verification starts over.
+    """
     for t in range(r.drafts):
-        step(model, cache, r, t, exit_layer)
+        step(model, cache, r, t, exit_layer, drafts=True)
         if rejection is not None:
             r.tokens[:, t + 1] = rejection.draw(model, r, t)
         else:
@@ -108,7 +111,8 @@ def draft(
         if adaptation is not None and adaptation.stops(r, t):
             r = narrow(model, r, t + 1)
             break
-    step(model, cache, r, r.drafts, exit_layer)
+    if model.draft_layers is None:
+        step(model, cache, r, r.drafts, exit_layer)
     return r
 
 
@@ -127,15 +131,19 @@ def narrow(model: Model, r: Round, drafts: int) -> Round:
     return r
 
 
-def step(model: Model, cache: KVCache, r: Round, t: int, last_layer: int) -> None:
-    """Layers [0, last_layer) on window position t."""
+def step(model: Model, cache: KVCache, r: Round, t: int, last_layer: int, drafts: bool = False) -> None:
+    """Layers [0, last_layer) on window position t; `drafts`: the copies that draft, if any."""
     model.embed(r.step_tokens[t], out=r.step_rows[t])
-    model.run_layers(0, last_layer, r.step_hidden[t], cache, **r.at[t])
+    model.run_layers(0, last_layer, r.step_hidden[t], cache, drafts=drafts, **r.at[t])
 
 
 def verify(model: Model, cache: KVCache, r: Round, exit_layer: int, sampling: Sampling | None) -> None:
     """The remaining layers on the whole window at once: the model's own token after each of its positions."""
-    model.run_layers(exit_layer, model.config.num_layers, r.exit_hidden, cache, **r.whole)
+    first = exit_layer
+    if model.draft_layers is not None:  # all layers then, over the K/V that copies wrote
+        first = 0
+        model.embed(r.tokens.view(-1), out=r.exit_rows)
+    model.run_layers(first, model.config.num_layers, r.exit_hidden, cache, **r.whole)
     choose(model, r, sampling)
 
 

@@ -44,7 +44,7 @@ class LayerSkipLM(TemplateLM):
 
     Args:
         pretrained: a local folder, a hub id, "demo", or a `SelfSpeculativeDecoder`, which the next ones leave alone.
-        exit_layer, num_speculations, dtype, device, backend, quantization, draft_head, head_screen: as in
+        exit_layer, num_speculations, dtype, device, backend, quantization, draft_layers, draft_head, head_screen: as in
             `SelfSpeculativeDecoder.from_pretrained`.
         batch_size, max_batch_size: prompts decoded together; the second wins where both are given. "auto": 8.
         generation_strategy, verification, rejection_method, draft_confidence, adaptive_speculations: as in `generate`.
@@ -77,6 +77,7 @@ class LayerSkipLM(TemplateLM):
         device: str = "auto",
         backend: str = "auto",
         quantization: str | None = None,
+        draft_layers: str = "auto",
         draft_head: str = "auto",
         head_screen: str = "auto",
         batch_size: int | str = "auto",
@@ -102,6 +103,7 @@ class LayerSkipLM(TemplateLM):
                 device=device,
                 backend=backend,
                 quantization=quantization,
+                draft_layers=draft_layers,
                 draft_head=draft_head,
                 head_screen=head_screen,
                 max_batch_size=prompts_together(batch_size, max_batch_size),

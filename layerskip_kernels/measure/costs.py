@@ -34,10 +34,12 @@ class Costs:
     layer: list[float]  # one layer over the window
     layers_call: list[float]  # what a run of layers costs besides
     head: list[float]  # final norm and LM head on every row of the window
+    draft_layer: float  # one layer over one token, as it drafts
     draft_head: float  # final norm and the head that drafts
     plain_overhead: float  # of an autoregressive step: what is neither layers nor head
     round_overhead: float  # of a self-speculative round, the same
     draft_overhead: float  # of every draft, the same
+    copies_draft: bool = False  # then verification runs all layers, else those behind the exit
 
     def layers(self, count: int, width: float) -> float:
         """Seconds of `count` layers over a window of `width` tokens."""
@@ -55,8 +57,13 @@ class Costs:
     def round(self, exit_layer: int, num_speculations: float) -> float:
         """Seconds of a round: K drafts, the early layers over the last one, verification of K + 1."""
         width = num_speculations + 1
-        draft = width * self.layers(exit_layer, 1) + num_speculations * (self.draft_head + self.draft_overhead)
-        return draft + self.layers(self.num_layers - exit_layer, width) + self.heads(width) + self.round_overhead
+        early = self.layers_call[0] + exit_layer * self.draft_layer
+        draft = num_speculations * (early + self.draft_head + self.draft_overhead)
+        if self.copies_draft:
+            verify = self.layers(self.num_layers, width)
+        else:
+            verify = early + self.layers(self.num_layers - exit_layer, width)
+        return draft + verify + self.heads(width) + self.round_overhead
 
     def speedup(self, setting: Setting) -> float:
         """Predicted speed of self-speculative over autoregressive decoding."""
@@ -87,6 +94,9 @@ def measure_costs(
         probes["layers", width] = phases.timer(partial(phases.layers, layers, width))
         probes["half", width] = phases.timer(partial(phases.layers, half, width))
         probes["head", width] = phases.timer(partial(phases.head, width, phases.model.head))
+    exit_layer = decoder.exit_layer
+    if phases.model.draft_layers:
+        probes["draft layers"] = phases.timer(partial(phases.layers, exit_layer, 1, drafts=True))
     probes["draft head"] = phases.timer(partial(phases.head, 1, phases.model.draft_head))
     # whole rounds too, the shortest ones, as a busy machine interrupts the others
     probes["plain"] = partial(_round, decoder, prompt, 0)
@@ -105,11 +115,13 @@ def measure_costs(
         # a run of layers has costs of its own, but never less than none
         layer = np.clip((whole_stack - half_stack) / (layers - half), 0.0, whole_stack / layers)
     calls = whole_stack - layers * layer
-    measured = layer.tolist(), calls.tolist(), heads.tolist(), least["draft head"]
-    bare = Costs(layers, batch, context, widths, *measured, 0.0, 0.0, 0.0)
+    copies_draft = "draft layers" in least
+    draft_layer = max(0.0, least["draft layers"] - calls[0]) / exit_layer if copies_draft else layer[0]
+    measured = layer.tolist(), calls.tolist(), heads.tolist(), float(draft_layer), least["draft head"]
+    bare = Costs(layers, batch, context, widths, *measured, 0.0, 0.0, 0.0, copies_draft)
     # a round does once what an autoregressive step does besides layers and head; what it takes more is the draft's
     plain = max(0.0, least["plain"] - bare.step())
-    once_and_draft = max(0.0, least["round"] - bare.round(decoder.exit_layer, 1))
+    once_and_draft = max(0.0, least["round"] - bare.round(exit_layer, 1))
     once = min(plain, once_and_draft)
     return replace(bare, plain_overhead=plain, round_overhead=once, draft_overhead=once_and_draft - once)
 
@@ -150,13 +162,14 @@ class _Phases:
         self.tokens = torch.empty(batch * width, dtype=torch.int64, device=device)
         self.figures = torch.empty(2, batch * width, device=device)
 
-    def layers(self, count: int, width: float) -> None:
+    def layers(self, count: int, width: float, drafts: bool = False) -> None:
         rope, positions = self.model.rope, self.positions[:, :width].contiguous()
         self.model.run_layers(
             0,
             count,
             self.hidden[:, :width].contiguous(),
             self.cache,
+            drafts=drafts,
             lengths=self.lengths,
             positions=positions,
             inv_freq=rope.rows(positions) if rope.position_dependent else rope.inv_freq,

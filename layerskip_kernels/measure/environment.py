@@ -34,6 +34,7 @@ def environment(decoder: Any) -> dict[str, Any]:
             "layers": decoder.config.num_layers,
             "exit_layer": decoder.exit_layer,
             "num_speculations": decoder.num_speculations,
+            "draft_layers": decoder.draft_layers,
             "draft_head": decoder.draft_head,
             "head_screen": decoder.head_screen,
             "max_batch_size": decoder.max_batch_size,

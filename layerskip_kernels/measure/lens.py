@@ -72,7 +72,8 @@ def read(
     The continuation runs through the kernels that decode, in their numbers: on a text that `decoder` generated, the
     last exit says exactly its tokens, and every other exit exactly what it would have drafted there. With `sampling`
     the exits draw their tokens, with the noise that decoding has at the same positions. `drafting`: the exits speak
-    through the head that drafts, which may be a quantized copy; the last layer never does.
+    through the layers and the head that draft, which may be quantized copies; the last layer never does. Copies of
+    layers see their own K/V in the window they run over, up to 64 tokens, in decoding only in a draft.
     """
     model: Model = decoder.model
     ids = torch.tensor([*prompt, *continuation], dtype=torch.int64, device=model.device)
@@ -82,10 +83,15 @@ def read(
     for piece in pieces(model, cache, ids[:-1], prompt_length):
         start = piece.start + min(max(first - piece.start, 0), piece.stop - piece.start)
         rows = []
+        copies = piece.hidden.clone() if drafting and model.draft_layers else None
         for layer in range(model.config.num_layers):
-            piece.run_layers(layer, layer + 1)
-            hidden, targets = piece.hidden[0, start - piece.start :], ids[start + 1 : piece.stop + 1]
             drafts = drafting and layer + 1 < model.config.num_layers
+            said = piece.hidden
+            if drafts and copies is not None:
+                piece.run_draft_layers(layer, layer + 1, copies)
+                said = copies
+            piece.run_layers(layer, layer + 1)
+            hidden, targets = said[0, start - piece.start :], ids[start + 1 : piece.stop + 1]
             rows.append(_predict(model, hidden, targets, start + 1, sampling, drafts))
         found.append([torch.stack(part) for part in zip(*rows)])
     return Lens(ids[first + 1 :].cpu(), *(torch.cat(part, 1) for part in zip(*found)))

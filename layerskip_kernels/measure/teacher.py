@@ -38,6 +38,13 @@ class Piece:
         """Layers [first, last) on `hidden`, in place."""
         self.model.run_layers(first, last, self.hidden, self.cache, prefill=self.prefill, **self.where)
 
+    def run_draft_layers(self, first: int, last: int, hidden: Tensor) -> None:
+        """Layers [first, last) as they draft, on `hidden` [1, stop - start, C], in place.
+
+        What they write into the cache is there until `run_layers` writes over it.
+        """
+        self.model.run_layers(first, last, hidden, self.cache, drafts=True, prefill=self.prefill, **self.where)
+
 
 def pieces(model: Model, cache: KVCache, ids: Tensor, prompt_length: int, start: int = 0) -> Iterator[Piece]:
     """The text ids [N] int64 as decoding would run it: the prompt as prefill does, the rest in windows.

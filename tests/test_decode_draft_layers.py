@@ -1,0 +1,206 @@
+"""Quantized copies of the early layers draft: what is said stays the same, to the bit."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+import layerskip_kernels as lk
+from layerskip_kernels import registry
+from layerskip_kernels.decode import draft_layers
+from layerskip_kernels.measure import lens
+from layerskip_kernels.measure.costs import measure_costs
+from layerskip_kernels.ops import DecoderLayers, QuantizedWeight, quantize
+from layerskip_kernels.ops.decoder_stack import LINEARS
+
+PROMPTS = [[5, 9, 17, 3, 250, 11, 40], [7], [100, 101, 102] * 14]
+NEW = 24
+BACKENDS = [
+    name
+    for name in ("reference", "cpu")
+    if registry.why_not(name, "small_linear", torch.device("cpu"), torch.float32, quantized=True) is None
+]
+
+
+def decoder_of(model, backend, draft_layers, **options):
+    return lk.SelfSpeculativeDecoder.from_model(model, backend=backend, draft_layers=draft_layers, **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama3", torch.bfloat16, late_scale=0.02)
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_what_is_said_is_what_the_models_own_layers_say(model, backend_name, sampled):
+    options = dict(max_new_tokens=NEW, eos_token_id=[], output_logits=True)
+    if sampled:
+        options |= dict(sample=True, temperature=0.8, seed=[1, 2, 3])
+    own = decoder_of(model, backend_name, "shared", max_batch_size=2)
+    expected = {s: own.generate(PROMPTS, generation_strategy=s, **options) for s in ("autoregressive", "early_exit")}
+    for name in ("int8", "int4"):
+        decoder = decoder_of(model, backend_name, name, exit_layer=1, max_batch_size=2)
+        assert decoder.draft_layers == name and decoder.model.draft_layers
+        for strategy, exit_layer, drafts, more in (
+            ("autoregressive", 1, 0, {}),
+            ("early_exit", 1, 0, {}),
+            ("self_speculative", 1, 2, {}),
+            ("self_speculative", 3, 5, {}),
+            ("self_speculative", 2, 4, dict(draft_confidence=0.2, adaptive_speculations=True)),
+        ):
+            how = dict(generation_strategy=strategy, exit_layer=exit_layer, num_speculations=drafts, **more)
+            result = decoder.generate(PROMPTS, **options, **how)
+            same = expected["early_exit" if strategy == "early_exit" else "autoregressive"]
+            assert result.sequences == same.sequences, (name, how)
+            if backend_name != "reference":  # whose bits depend on how many rows there are
+                assert all(map(torch.equal, result.logits, same.logits)), (name, how)
+        assert result.stats.accepted > 0
+
+
+def test_drafts_are_those_of_the_copies(model):
+    """Of copies of other matrices nothing is accepted, and still the text is the model's."""
+    decoder = decoder_of(model, "reference", "int8", exit_layer=3, num_speculations=4)
+    expected = decoder.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[])
+    assert expected.stats.accepted > 0
+    layers = decoder.model.draft_layers.first(3)
+    wrong = [layer._replace(down=quantize(layer_of(model, i, "down").flip(0), 8)) for i, layer in enumerate(layers)]
+    decoder = decoder_of(model, "reference", "int8", exit_layer=3, num_speculations=4)
+    decoder.model.draft_layers = SimpleNamespace(first=lambda count: DecoderLayers(wrong[:count]))
+    decoder.model._ranges.clear()
+    result = decoder.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[], profile=True)
+    assert result.sequences == expected.sequences and result.stats.accepted < expected.stats.accepted / 4
+    phases = result.stats.phases
+    assert phases["draft layers"].weight_bytes == phases["draft layers"].calls * decoder.model.layer_bytes(0, 3, True)
+    assert phases["verify layers"].weight_bytes == phases["verify layers"].calls * decoder.model.layer_bytes(0, 4)
+
+
+def layer_of(model, number, name):
+    return getattr(model.model.layers[number].mlp, f"{name}_proj").weight.detach()
+
+
+def test_the_cache_keeps_nothing_of_the_copies(model):
+    """K/V after speculation are those of plain decoding, in the early layers, too."""
+    kept = []
+    for name, strategy in (("shared", "autoregressive"), ("int4", "self_speculative")):
+        decoder = decoder_of(model, "auto", name, exit_layer=3, num_speculations=3)
+        decoder.generate(PROMPTS[0], max_new_tokens=NEW, eos_token_id=[], generation_strategy=strategy)
+        kept.append(decoder._workspace.cache.read(0, len(PROMPTS[0]) + NEW - 1))
+    for plain, speculated in zip(*kept):
+        assert all(map(torch.equal, plain, speculated))
+
+
+@pytest.mark.parametrize("method", ["standard", "block"])
+def test_rejection_works_with_copies(model, method):
+    decoder = decoder_of(model, "reference", "int4", exit_layer=3, num_speculations=3)
+    sampled = dict(sample=True, temperature=0.5, seed=3, verification="rejection", rejection_method=method)
+    result = decoder.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[], **sampled)
+    assert 0 < result.stats.accepted < result.stats.drafted
+    assert [len(s) for s in result.sequences] == [NEW] * 3
+
+
+def test_measured_agreement_is_the_copies(model):
+    """With K = 1 a draft sees the copies' K/V of its own token alone; texts are read one token at a time to match."""
+    decoder = decoder_of(model, "reference", "int4", exit_layer=3, num_speculations=1)
+    layers = decoder.model.draft_layers.first(4)
+    noisy = [quantize(2 * torch.randn(64, 112, generator=torch.manual_seed(i)) / 112**0.5, 4) for i in range(4)]
+    decoder.model.draft_layers = SimpleNamespace(
+        first=lambda count: DecoderLayers(layer._replace(down=w) for layer, w in zip(layers[:count], noisy))
+    )
+    decoder.model._ranges.clear()
+    prompt = PROMPTS[0]
+    answer = decoder.generate(prompt, max_new_tokens=NEW, eos_token_id=[], generation_strategy="autoregressive")
+    (text,) = answer.sequences
+    right = [lens.read(decoder, prompt + text[:n], text[n:], drafting=True).drafts()[2][0] for n in range(1, NEW)]
+    own = lens.read(decoder, prompt, text).drafts()
+    assert right != own[2][1:] and all(own[-1]), "the copies must differ somewhere for this test to see it"
+    position, accepted = 0, 0
+    while position < NEW - 2:
+        accepted += right[position]
+        position += 1 + right[position]
+    assert decoder.generate(prompt, max_new_tokens=NEW, eos_token_id=[]).stats.accepted == accepted
+
+
+def test_what_a_draft_costs(model):
+    shared, copied = (decoder_of(model, "reference", name, exit_layer=2) for name in ("shared", "int4"))
+    assert copied.model.layer_bytes(0, 2, drafts=True) < 0.35 * shared.model.layer_bytes(0, 2, drafts=True)
+    assert copied.model.layer_bytes(0, 4) == shared.model.layer_bytes(0, 4) == shared.model.layer_bytes(0, 4, True)
+    head = shared.model.head_bytes()
+    share = (copied.model.layer_bytes(0, 2, drafts=True) + head) / (shared.model.layer_bytes(0, 4) + head)
+    assert copied.model.draft_share(2) == pytest.approx(share)
+    for decoder in (shared, copied):
+        costs = measure_costs(decoder, PROMPTS[0], 2, repeats=1)
+        assert costs.copies_draft == (decoder is copied) and costs.draft_layer >= 0 < costs.round(2, 2)
+
+
+def test_only_what_has_more_bits_is_copied(model):
+    decoder = decoder_of(model, "reference", "int4", quantization="int8", exit_layer=2)
+    (first, _), own = decoder.model.draft_layers.first(2), decoder.model.weights.layers[0]
+    assert all(getattr(first, name).bits == 4 and getattr(own, name).bits == 8 for name in LINEARS)
+    assert first.attn_norm is own.attn_norm
+    plain = decoder.generate(PROMPTS, max_new_tokens=NEW, generation_strategy="autoregressive")
+    assert decoder.generate(PROMPTS, max_new_tokens=NEW).sequences == plain.sequences
+    for same in ("int8", "int4"):
+        assert decoder_of(model, "reference", "int8", quantization=same).model.draft_layers is None
+
+
+def test_copies_are_made_as_exits_need_them(model):
+    decoder = decoder_of(model, "reference", "int8", exit_layer=1)
+    assert len(decoder.model.draft_layers._made) == 1
+    decoder.generate(PROMPTS[0], max_new_tokens=4, exit_layer=3)
+    assert len(decoder.model.draft_layers._made) == 3
+    made = decoder.model.draft_layers.first(2)
+    assert isinstance(made[1].q, QuantizedWeight) and made[1].q is decoder.model.draft_layers.first(3)[1].q
+
+
+def test_auto_is_a_rule_of_bytes(model, monkeypatch):
+    decoder = decoder_of(model, "auto", "auto")
+    assert decoder.draft_layers == "shared" and decoder.model.draft_layers is None
+    weights, ops = decoder.model.weights, decoder.ops
+    monkeypatch.setattr(draft_layers.registry, "why_not", lambda *args, **options: None)
+    monkeypatch.setattr(draft_layers, "AUTO_BYTES", decoder.model.layer_bytes(0, 2))
+
+    def chosen(exit_layer, backend_name="cpu", weights=weights):
+        ops = SimpleNamespace(backends={"small_linear": backend_name})
+        return draft_layers.choose_draft_layers("auto", weights, ops, exit_layer)
+
+    assert [chosen(e) for e in (None, 1, 2, 3)] == ["shared", "shared", draft_layers.AUTO, draft_layers.AUTO]
+    assert chosen(3, "reference") == "shared"
+    quantized = decoder_of(model, "reference", "shared", quantization="int8").model.weights
+    monkeypatch.setattr(draft_layers, "AUTO_BYTES", 1)
+    assert chosen(3, weights=quantized) == "shared"
+    assert draft_layers.choose_draft_layers("int4", quantized, ops, 3) == "int4"
+
+
+def test_its_size_is_said(model):
+    decoder = decoder_of(model, "reference", "int8", exit_layer=1)
+    assert repr(decoder).endswith("num_speculations=3, draft_layers=int8 of 0.0 MiB, draft_head=shared)")
+    assert "draft_layers" not in repr(decoder_of(model, "reference", "shared"))
+
+
+def test_weights_that_have_no_copy():
+    odd = tiny_model("llama3", torch.bfloat16, intermediate_size=111)
+    with pytest.raises(ValueError, match=r"down of layer 0 cannot be copied in 4 bits: .*111 columns"):
+        decoder_of(odd, "reference", "int4")
+    decoder_of(odd, "reference", "int8")
+    q = odd.model.layers[1].self_attn.q_proj.weight.detach()
+    q[3, 3] = float("nan")
+    decoder = decoder_of(odd, "reference", "int8", exit_layer=1)
+    with pytest.raises(ValueError, match=r"q of layer 1 cannot be copied in 8 bits: .*row 3"):
+        decoder.generate(PROMPTS[0], exit_layer=2, max_new_tokens=4)
+    q[3, 3] = 0.0
+    assert len(decoder.generate(PROMPTS[0], max_new_tokens=4).sequences[0]) <= 4
+
+
+@pytest.mark.parametrize("value", ["int2", None, 8, torch.zeros(2)])
+def test_a_wrong_value(model, value):
+    with pytest.raises(ValueError, match=r"draft_layers=.*: choose auto, shared, int8 or int4"):
+        decoder_of(model, "reference", value)
+
+
+def test_a_backend_without_it_says_so(model, monkeypatch):
+    decoder = decoder_of(model, "reference", "shared")
+    monkeypatch.setattr(draft_layers.registry, "why_not", lambda *args, **options: "it takes no quantized weights")
+    with pytest.raises(ValueError, match=r"draft_layers='int4': backend 'reference' has no use for it .it takes no"):
+        draft_layers.choose_draft_layers("int4", decoder.model.weights, decoder.ops, 1)
