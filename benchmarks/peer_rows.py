@@ -42,6 +42,10 @@ ROWS = (
         Row(OURS, "bfloat16", "self_speculative", {"draft_head": head}, same_as="ours bfloat16 autoregressive")
         for head in ("shared", "int8", "int4")
     ),
+    *(
+        Row(OURS, "bfloat16", "self_speculative", {"draft_layers": layers}, same_as="ours bfloat16 autoregressive")
+        for layers in ("shared", "int8", "int4")
+    ),
     *_ours("int8", quantization="int8"),
     *_ours("int4", quantization="int4"),
     Row(TRANSFORMERS, "float32", "eager"),

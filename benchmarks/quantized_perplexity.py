@@ -7,7 +7,8 @@ Teacher forced through the kernels that decode, in windows of 64 tokens, every t
 Python's standard library, which the demo model was not trained on; `prose` the reference manual that comes with Python.
 The change of perplexity is given with its standard error, over the same tokens. Heads: the share of tokens where the
 head that drafts, a copy in 8 or 4 bits with its best tokens rated again, and the copy alone say what the model's own
-says, on the same hidden states, after the exit layer and after the last.
+says, on the same hidden states, after the exit layer and after the last. Drafts: the share of tokens where copies of
+the early layers, with the model's own head, say what the layers themselves say, and what the last layer says.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 import layerskip_kernels as lk
 from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.draft_head import make_draft_head
+from layerskip_kernels.measure import lens
 from layerskip_kernels.measure.environment import environment
 from layerskip_kernels.measure.teacher import heads, pieces
 
@@ -89,6 +91,22 @@ def measure(model: str, dtype: str, quantization: str | None, texts: list[list[i
     return decoder, losses, said, same, size
 
 
+def drafts(model: str, dtype: str, texts: list[list[int]]) -> dict[str, dict[str, float]]:
+    """Of the early layers and their copies: shares of tokens, each given all true ones before it."""
+    found, own = {}, None
+    for name in ("shared", "int8", "int4"):
+        decoder = lk.SelfSpeculativeDecoder.from_pretrained(
+            model, dtype=dtype, device="cpu", draft_layers=name, draft_head="shared"
+        )
+        lenses = [lens.read(decoder, ids, drafting=True) for ids in texts]
+        said = torch.cat([one.tokens[decoder.exit_layer - 1] for one in lenses])
+        last = torch.cat([one.tokens[-1] for one in lenses])
+        own = said if own is None else own
+        shares = {"as the layers themselves": said == own, "as the last layer": said == last}
+        found[name] = {what: float(same.double().mean()) for what, same in shares.items()}
+    return found
+
+
 @click.command()
 @click.option("--model", default="demo", help="Folder of a checkpoint, or demo.")
 @click.option("--text", type=click.Choice(TEXTS), default="code")
@@ -117,9 +135,13 @@ def main(model: str, text: str, dtype: str, tokens: int, output: Path | None) ->
         rows[quantization or dtype] = row
         click.echo(f"{quantization or dtype}: " + ", ".join(f"{name} {value:.6g}" for name, value in row.items()))
     click.echo("heads: " + ", ".join(f"{name} layers {share:.2%}" for name, share in agreement.items()))
+    drafted = drafts(model, dtype, texts)
+    for name, shares in drafted.items():
+        click.echo(f"drafts, {name}: " + ", ".join(f"{what} {share:.2%}" for what, share in shares.items()))
     if output is not None:
         counts = {"text": text, "texts": len(texts), "tokens": len(baseline[0]), "longest": LENGTH}
-        content = {"model": Path(model).name, **counts, "weights": rows, "head_agreement": agreement, **settings}
+        content = {"model": Path(model).name, **counts, "weights": rows, "head_agreement": agreement}
+        content |= {"drafts": drafted, **settings}
         output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
