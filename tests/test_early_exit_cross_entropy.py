@@ -7,7 +7,7 @@ from op_inputs import FLOATS, Inputs, assert_rejects, assert_rejects_tensor, bad
 from tolerances import assert_close
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 import layerskip_kernels as lk
 from layerskip_kernels.ops import early_exit_cross_entropy
@@ -39,7 +39,7 @@ def plain(hiddens, lm_head, targets, weights, logit_scale=1.0, softcap=None, num
     counted = targets != -100
     items = num_items or counted.sum()
     losses = torch.stack([cross_entropy(z, targets, reduction="sum") / items for z in logits])
-    loss = (torch.tensor(weights) * losses).sum()
+    loss = (losses.new_tensor(weights) * losses).sum()
     if weight := distill.get("distill_weight"):
         t = distill.get("distill_temperature", 1.0)
         teacher = (logits[-1].detach()[counted] / t).log_softmax(-1)
@@ -240,11 +240,19 @@ def test_rejects_bad_tensors(backend, path, defect):
         (dict(num_items=0), "num_items=0: must be > 0$"),
         (dict(num_items=torch.ones(2)), r"num_items: shape \[2\], expected one element$"),
         (dict(lm_head=torch.zeros(0, 24)), "lm_head: an empty vocabulary, expected at least one row$"),
-        (dict(targets=torch.full((13,), 83)), r"targets\[0\]=83: choose 0..82 or ignore_index=-100$"),
     ],
 )
 def test_rejects_bad_values(backend, changes, message):
+    changes = tree_map_only(torch.Tensor, lambda tensor: tensor.to(backend.device), changes)
     assert_rejects(early_exit_cross_entropy, {**arguments(backend), **changes}, ValueError, message)
+
+
+def test_rejects_targets_beyond_the_vocabulary(backend):
+    if backend.device != "cpu":
+        pytest.skip("to look at targets is to wait for the GPU")
+    case = {**arguments(backend), "targets": torch.full((13,), 83)}
+    message = r"targets\[0\]=83: choose 0..82 or ignore_index=-100$"
+    assert_rejects(early_exit_cross_entropy, case, ValueError, message)
 
 
 def test_hiddens_must_be_a_list(backend):

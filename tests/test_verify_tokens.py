@@ -101,7 +101,7 @@ def test_out_with_canaries_and_finished_in_place(backend):
     for guard in guarded:
         guard.assert_surroundings_unchanged()
 
-    args = arguments()
+    args = arguments(backend.device)
     expected = verify_tokens(**{**args, "out": None})
     assert (
         verify_tokens(**{**args, "out": args["out"]._replace(finished=args["finished"])}).finished is args["finished"]
@@ -127,21 +127,21 @@ def test_views(backend):
     assert_matches_by_hand(result, rows, (1,), 5)
 
 
-def arguments():
-    inputs = Inputs("cpu")
+def arguments(device="cpu"):
+    inputs = Inputs(device)
     out = Verified(
-        torch.zeros(3, 5, dtype=torch.int64),
+        torch.zeros(3, 5, dtype=torch.int64, device=device),
         inputs.int32(0, 0, 0),
         inputs.int32(0, 0, 0),
-        torch.zeros(3, dtype=torch.bool),
+        torch.zeros(3, dtype=torch.bool, device=device),
     )
     return dict(
         draft=inputs.ids(9, 3, 4),
         target=inputs.ids(9, 3, 5),
         num_draft=inputs.int32(4, 4, 2),
-        eos_ids=torch.tensor([2, 5]),
+        eos_ids=torch.tensor([2, 5], device=device),
         remaining=inputs.int32(9, 9, 1),
-        finished=torch.tensor([False, True, False]),
+        finished=torch.tensor([False, True, False], device=device),
         out=out,
     )
 
