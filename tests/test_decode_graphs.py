@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 import layerskip_kernels as lk
 from layerskip_kernels.decode import workspace
 from layerskip_kernels.decode.batch import Batch
-from layerskip_kernels.decode.graphs import RoundGraphs
+from layerskip_kernels.decode.graphs import CudaDevice, RoundGraphs
 
 PROMPTS = [[5, 9, 17, 3, 250, 11, 40], [7], [100, 101, 102] * 14, [30, 20], [8, 8, 8]]
 
@@ -188,3 +192,62 @@ def test_the_first_run_is_eager_the_second_is_captured():
         graphs.run("a", lambda: calls.append("run"))
     graphs.run("b", lambda: calls.append("run"))
     assert calls == ["run", "capture", "replay", "replay", "run"]
+
+
+class TwoDevices:
+    """What `CudaDevice` uses of torch.cuda, as if there were two devices and the first was the current one."""
+
+    Stream = staticmethod(lambda device: f"stream of {device}")
+    current_stream = staticmethod(lambda device="cuda:0": f"current stream of {device}")
+    CUDAGraph = staticmethod(lambda: SimpleNamespace(pool=lambda: "pool", replay=lambda: None))
+
+    def __init__(self):
+        self.current, self.capturing, self.captures, self.recorded = "cuda:0", False, [], []
+
+    @contextmanager
+    def device(self, device):
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+    @contextmanager
+    def graph(self, graph, *, pool, stream, capture_error_mode):
+        assert not self.capturing, "a capture began during another"
+        self.capturing = True
+        self.captures.append((self.current, stream, pool, torch.is_inference_mode_enabled()))
+        yield
+        self.capturing = False
+
+    def Event(self):
+        return SimpleNamespace(record=self.recorded.append, synchronize=lambda: None)
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    cuda = TwoDevices()
+    for name in ("Stream", "current_stream", "CUDAGraph", "device", "graph", "Event"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    return cuda
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_device_that_is_not_the_current_one(two_devices, inference):
+    """Kernels go to the current stream of their device: the capture has to be that stream's."""
+    modes = []
+    device = CudaDevice("cuda:1")
+    with torch.inference_mode(inference):
+        for _ in range(2):
+            device.capture(lambda: modes.append(torch.is_inference_mode_enabled()))
+    assert two_devices.captures == [("cuda:1", "stream of cuda:1", pool, False) for pool in (None, "pool")]
+    assert modes == [True, True]
+    assert two_devices.current == "cuda:0"
+    device.fetch([])()
+    assert two_devices.recorded == ["current stream of cuda:1"]
+
+
+def test_captures_of_several_threads_exclude_each_other(two_devices):
+    with ThreadPoolExecutor(4) as threads:
+        captures = [threads.submit(CudaDevice("cuda:0").capture, lambda: time.sleep(0.02)) for _ in range(4)]
+    for capture in captures:
+        capture.result()
+    assert len(two_devices.captures) == 4

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
+# A capture begins by waiting for the whole device, which would break one that is under way in another thread.
+_capturing = threading.Lock()
+
 
 class CudaDevice:
-    """What rounds need of a GPU beyond its kernels. Tests put another in its place."""
+    """What rounds need of a GPU, be it the current one or not, beyond its kernels. Tests put another in its place."""
 
     LAG = 1  # rounds that the host is behind
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)  # torch's own for captures is one for all devices
         self._pool = None
 
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
@@ -20,9 +26,16 @@ class CudaDevice:
 
         All graphs use one pool of memory for their temporaries, since they never run side by side.
         """
-        graph = torch.cuda.CUDAGraph()
-        # other threads may allocate and wait meanwhile: they have their own decoders
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # other threads may allocate and run kernels meanwhile
+        how = dict(pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with (
+            _capturing,
+            torch.cuda.device(self.device),
+            # torch's random state for graphs, which the first capture makes, must serve graphs of others too
+            torch.inference_mode(False),
+            torch.cuda.graph(graph := torch.cuda.CUDAGraph(), **how),
+            torch.inference_mode(),
+        ):
             body()
         self._pool = graph.pool()
         return graph.replay
@@ -31,7 +44,7 @@ class CudaDevice:
         """Starts copies to pinned memory, behind what was launched; returns what waits for them and gives them."""
         copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(self.device))
 
         def wait() -> list[torch.Tensor]:
             done.synchronize()

@@ -18,7 +18,7 @@ class Workspace:
     def __init__(self, model: Model, cache: KVCache):
         self.model, self.cache = model, cache
         self.batch = Batch(cache.slots, model.device, model.config.vocab_size)
-        self.device = CudaDevice() if model.device.type == "cuda" else None
+        self.device = CudaDevice(model.device) if model.device.type == "cuda" else None
         self._rounds: dict[tuple[int, bool, bool], tuple[Buffers, RoundGraphs | None]] = {}
         self._eos_ids: dict[tuple[int, ...], torch.Tensor] = {}
 

@@ -186,7 +186,7 @@ class _Phases:
         phase()  # what kernels prepare once must not be captured
         if self.model.device.type != "cuda":
             return lambda: _seconds(phase)
-        replay = CudaDevice().capture(phase)
+        replay = CudaDevice(self.model.device).capture(phase)
         return lambda: _seconds(replay, lambda: torch.cuda.synchronize(self.model.device))
 
 
