@@ -65,5 +65,6 @@ def _torch_attention(name, window, length, device):
         return column <= length - window + row
 
     blocks = create_block_mask(sees, None, None, window, length, device=device)
+    torch._dynamo.reset()  # after eight shapes it would compile no more and run the rest as they are
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=blocks, enable_gqa=True)
