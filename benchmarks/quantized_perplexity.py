@@ -26,7 +26,6 @@ import torch
 import layerskip_kernels as lk
 from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.draft_head import make_draft_head
-from layerskip_kernels.measure import lens
 from layerskip_kernels.measure.environment import environment
 from layerskip_kernels.measure.teacher import heads, pieces
 
@@ -91,20 +90,30 @@ def measure(model: str, dtype: str, quantization: str | None, texts: list[list[i
     return decoder, losses, said, same, size
 
 
+@torch.inference_mode()
 def drafts(model: str, dtype: str, texts: list[list[int]]) -> dict[str, dict[str, float]]:
     """Of the early layers and their copies: shares of tokens, each given all true ones before it."""
-    found, own = {}, None
-    for name in ("shared", "int8", "int4"):
+    shares: dict[str, dict[str, float]] = {}
+    for name in ("int8", "int4"):
         decoder = lk.SelfSpeculativeDecoder.from_pretrained(
             model, dtype=dtype, device="cpu", draft_layers=name, draft_head="shared"
         )
-        lenses = [lens.read(decoder, ids, drafting=True) for ids in texts]
-        said = torch.cat([one.tokens[decoder.exit_layer - 1] for one in lenses])
-        last = torch.cat([one.tokens[-1] for one in lenses])
-        own = said if own is None else own
-        shares = {"as the layers themselves": said == own, "as the last layer": said == last}
-        found[name] = {what: float(same.double().mean()) for what, same in shares.items()}
-    return found
+        its, exit_layer, layers = decoder.model, decoder.exit_layer, decoder.config.num_layers
+        said: dict[str, list[torch.Tensor]] = {"copies": [], "own": [], "last": []}
+        for ids in texts:
+            cache = KVCache(its.config, 1, len(ids), its.dtype, its.device)
+            for piece in pieces(its, cache, torch.tensor(ids[:-1]), 1):
+                copied = piece.hidden.clone()
+                piece.run_draft_layers(0, exit_layer, copied)
+                said["copies"] += [token for _, token, _ in heads(its, copied[0])]
+                for who, first, last in (("own", 0, exit_layer), ("last", exit_layer, layers)):
+                    piece.run_layers(first, last)
+                    said[who] += [token for _, token, _ in heads(its, piece.hidden[0])]
+        copies, own, last = (torch.cat(tokens) for tokens in said.values())
+        shares["shared"] = {"as the last layer": float((own == last).double().mean())}
+        compared = {"as the layers themselves": own, "as the last layer": last}
+        shares[name] = {what: float((copies == tokens).double().mean()) for what, tokens in compared.items()}
+    return shares
 
 
 @click.command()
