@@ -38,11 +38,14 @@ _INFINITY, _MINUS_INFINITY = tl.constexpr(float("inf")), tl.constexpr(float("-in
 
 @triton.jit
 def _tree_sum(x):
-    """Sums of the rows of x [R, a power of two]: neighbours, then neighbouring sums, and so on, in every layout."""
+    """Sums of the rows of x [R, a power of two]: its halves are added, then the halves of that, and so on.
+
+    Each `tl.sum` here has two terms, as in `sums.tree_sum`: the same bits in every layout. Halves, since what a thread
+    has lies far apart: neighbours would be in other threads. With `tl.split` Triton 3.6 and 3.7 compile for minutes.
+    """
     for _ in tl.static_range(20):
         if x.shape[1] > 1:
-            left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-            x = left + right
+            x = tl.sum(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), axis=1)
     return tl.max(x, axis=1)  # the one element that is left
 
 
