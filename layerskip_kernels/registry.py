@@ -65,6 +65,8 @@ def _backend(name: str) -> ModuleType | str:
         if error.name == _MODULES[name]:
             return "not part of this version yet"
         return f"the package {error.name} is not installed"
+    except ImportError as error:  # a package that is too old, or broken: the others serve
+        return f"it can't be imported: {error}"
     # A leftover folder without code imports too, as a namespace package.
     return module if hasattr(module, "OPS") else "not part of this version yet"
 

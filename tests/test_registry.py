@@ -92,6 +92,20 @@ def test_a_missing_dependency_is_named(tmp_path, monkeypatch):
         registry._backend.cache_clear()
 
 
+def test_a_dependency_that_is_too_old_is_a_reason(tmp_path, monkeypatch):
+    """As Triton before 3.4, which has no `knobs`."""
+    (tmp_path / "backend_ahead.py").write_text("from math import knobs\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(registry._MODULES, "triton", "backend_ahead")
+    registry._backend.cache_clear()
+    try:
+        reason = registry.why_not("triton", "swiglu", CPU, torch.float32)
+        assert reason.startswith("it can't be imported: cannot import name 'knobs' from 'math'")
+        assert {row.name: row.reason for row in lk.backends()}["triton"] == reason
+    finally:
+        registry._backend.cache_clear()
+
+
 # auto
 
 
