@@ -49,12 +49,42 @@ def test_only_right_and_invariant_results_are_timed():
         return tune.measurer(workload(result, agree), torch.bfloat16, "test GPU", seconds)
 
     value = dict(right=torch.ones(2), wrong=torch.zeros(2))
-    by_config = measure(lambda: value["right" if current()["BLOCK_N"] < 128 else "wrong"])
+    by_config = measure(lambda: value["right" if current().get("BLOCK_N", 16) < 128 else "wrong"])
     assert by_config(dict(BLOCK_N=32)) == pytest.approx(1.0)
     assert by_config(dict(BLOCK_N=128)) is None
     assert measure(lambda: value["right"], agree=lambda: False)(dict(BLOCK_N=32)) is None
     assert timed == [dict(BLOCK_N=32)]
     assert current() == {}  # a trial leaves the table as it was
+
+
+@pytest.mark.parametrize("where", ["result", "rows_agree"])
+def test_settings_that_do_not_fit_are_no_error(where):
+    from triton.runtime.errors import OutOfResources
+
+    def fit():
+        if current().get("num_stages", 3) > 3:
+            raise OutOfResources(147456, 101376, "shared memory")
+        return True
+
+    def result():
+        assert where != "result" or fit()
+        return torch.ones(2)
+
+    tried = workload(result, fit if where == "rows_agree" else lambda: True)._replace(start=dict(num_stages=4))
+    measure = tune.measurer(tried, torch.bfloat16, "test GPU", lambda calls: 1.0)
+    assert measure(tried.start) is None
+    assert measure(dict(num_stages=3)) == pytest.approx(1.0)
+
+
+def test_the_start_fits_the_most_rows(monkeypatch):
+    """Rows of x need shared memory: 4 stages of 64 rows are too much for GPUs that have 99 KB."""
+    from layerskip_kernels.triton import launch
+
+    monkeypatch.setattr(launch, "num_sms", lambda tensor: 84)
+    for columns in (2048, 6144, 28672, 200_000):
+        start = tune.linear_start(columns, torch.empty(64, 4096, dtype=torch.bfloat16))
+        tiles = [(start["BLOCK_N"] + rows) * start["BLOCK_K"] * 2 for rows in (16, 64)]
+        assert tiles[1] * (start["num_stages"] - 1) <= 99 << 10, (columns, start)
 
 
 def test_the_table_is_written_whole(tmp_path):

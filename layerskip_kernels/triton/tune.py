@@ -61,9 +61,16 @@ def rotated(make: Callable[[], object], bytes_each: int) -> list:
     return [make() for _ in range(max(1, min(64, -(-ROTATED_BYTES // bytes_each))))]
 
 
-def linear(dtype: torch.dtype, columns: int, width: int, device: str) -> Workload:
+def linear_start(columns: int, x: torch.Tensor) -> dict[str, int]:
+    """Stages as for the most products: each has rows of x in shared memory, and a row of the table serves all."""
     from layerskip_kernels.triton.launch import num_sms
-    from layerskip_kernels.triton.linear_tile import tile_config
+    from layerskip_kernels.triton.linear_tile import MAX_TILES, tile_config
+
+    one, most = (tile_config(columns, x.shape[1], x.dtype, num_sms(x), tiles) for tiles in (1, MAX_TILES))
+    return {**one, "num_stages": most["num_stages"]}
+
+
+def linear(dtype: torch.dtype, columns: int, width: int, device: str) -> Workload:
     from layerskip_kernels.triton.small_linear import small_linear
 
     weights = rotated(
@@ -73,7 +80,7 @@ def linear(dtype: torch.dtype, columns: int, width: int, device: str) -> Workloa
     return Workload(
         "small_linear",
         dict(C=width, N=columns),
-        tile_config(columns, width, dtype, num_sms(x), 1),
+        linear_start(columns, x),
         [[lambda w=w, m=m: small_linear(x[:m], w) for w in weights] for m in (1, 8, 64)],
         lambda: torch.equal(small_linear(x[:1], weights[0])[0], small_linear(x, weights[0])[0]),
     )
@@ -81,17 +88,15 @@ def linear(dtype: torch.dtype, columns: int, width: int, device: str) -> Workloa
 
 def head(dtype: torch.dtype, vocab: int, width: int, device: str) -> Workload:
     from layerskip_kernels.triton.exit_head import exit_head
-    from layerskip_kernels.triton.launch import num_sms
-    from layerskip_kernels.triton.linear_tile import tile_config
 
     heads = rotated(
         lambda: torch.randn(vocab, width, dtype=dtype, device=device) / width**0.5, vocab * width * dtype.itemsize
     )
-    hidden, norm = torch.randn(16, width, dtype=dtype, device=device), torch.ones(width, dtype=dtype, device=device)
+    hidden, norm = torch.randn(64, width, dtype=dtype, device=device), torch.ones(width, dtype=dtype, device=device)
     return Workload(
         "exit_head",
         dict(C=width, N=vocab),
-        tile_config(vocab, width, dtype, num_sms(hidden), 1),
+        linear_start(vocab, hidden),
         [[lambda w=w, m=m: exit_head(hidden[:m], norm, w, eps=1e-5).logprob for w in heads] for m in (1, 8, 16)],
         lambda: torch.equal(
             exit_head(hidden[:1], norm, heads[0], eps=1e-5).logprob[0],
@@ -195,8 +200,7 @@ def measurer(workload: Workload, dtype: torch.dtype, device: str, seconds=graph_
     """The `measure` of `search`: geometric mean over the workload's numbers of rows."""
     from triton.runtime.errors import OutOfResources
 
-    with trial(device, workload, dtype, workload.start):
-        expected = [calls[0]().float() for calls in workload.calls]
+    expected = [calls[0]().float() for calls in workload.calls]  # with the settings of each number of rows
     tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
 
     def measure(settings: dict[str, int]) -> float | None:
@@ -205,11 +209,12 @@ def measurer(workload: Workload, dtype: torch.dtype, device: str, seconds=graph_
         with trial(device, workload, dtype, settings):
             try:
                 actual = [calls[0]().float() for calls in workload.calls]
+                agree = workload.rows_agree()
             except OutOfResources as error:
                 print(f"    {settings}: {error}", flush=True)
                 return None
             close = all(torch.allclose(a, e, rtol=tolerance, atol=tolerance) for a, e in zip(actual, expected))
-            if not close or not workload.rows_agree():
+            if not close or not agree:
                 print(f"    {settings}: {'a row depends on others' if close else 'wrong results'}", flush=True)
                 return None
             result = math.exp(statistics.mean(math.log(seconds(calls)) for calls in workload.calls))
