@@ -44,6 +44,7 @@ if INTERPRETED:
 # About Triton kernels alone, on a GPU or in the interpreter: `test_triton_interpreter.py` runs them in the latter.
 TRITON_FILES = (
     "test_triton_attention.py",
+    "test_triton_draw.py",
     "test_triton_library.py",
     "test_triton_philox.py",
 )

@@ -25,7 +25,10 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-OTHER_FILES = ("exit_head_penalty", "kernels_decode", "triton_attention", "triton_library", "triton_philox")
+OTHER_FILES = (
+    *("exit_head_penalty", "kernels_decode"),
+    *("triton_attention", "triton_draw", "triton_library", "triton_philox"),
+)
 
 
 @pytest.mark.parametrize("name", [*sorted(triton.OPS), *OTHER_FILES])

@@ -65,6 +65,16 @@ def draw_weights(q_ptr, p_ptr, position, n, ratio, column, vocab, stride_qt, str
     return tl.where(drafted, tl.maximum(ratio * p - q, 0.0), p)
 
 
+@triton.jit
+def first_past(goal, ends, weights, index):
+    """The lowest `index` of positive weight whose end lies past `goal`; the last of positive weight if none does.
+
+    `ends` come from a scan that adds in the order of a tree: they may rise by a rounding where the weight is zero.
+    """
+    last = tl.max(tl.where(weights > 0.0, index, 0), axis=0)
+    return tl.min(tl.where((weights > 0.0) & (ends > goal), index, last), axis=0)
+
+
 @triton.jit(do_not_specialize=["vocab", *_STRIDES])
 def weigh_kernel(
     draft_ptr,
@@ -175,14 +185,12 @@ def decide_kernel(
     ends = tl.cumsum(sums, axis=0)
     u = tl.load(u_ptr + row_offset(accepted, stride_ut, False) + 1).to(tl.float64)
     goal = u * tl.max(ends, axis=0)
-    last = tl.max(tl.where(sums > 0.0, chunk, 0), axis=0)
-    chosen = tl.minimum(tl.min(tl.where(ends > goal, chunk, BLOCK_CHUNKS), axis=0), last)
+    chosen = first_past(goal, ends, sums, chunk)
     before = tl.max(tl.where(chunk < chosen, ends, 0.0), axis=0)
 
     column = chosen * CHUNK + tl.arange(0, CHUNK)
     w = draw_weights(q_ptr, p_ptr, accepted, drafts_left, accepted_ratio, column, vocab, stride_qt, stride_pt)
-    last = tl.max(tl.where(w > 0.0, column, 0), axis=0)
-    token = tl.minimum(tl.min(tl.where(before + tl.cumsum(w, axis=0) > goal, column, vocab), axis=0), last)
+    token = first_past(goal, before + tl.cumsum(w, axis=0), w, column)
 
     row = b + tl.arange(0, 1)
     i = tl.arange(0, BLOCK_WIDTH)[None, :]
