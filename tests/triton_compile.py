@@ -39,6 +39,7 @@ class Case:
     wide: bool = False  # global memory is read 16 bytes at a time
     ones: tuple[str, ...] = ()  # integer arguments that are 1 (Triton makes constants of them)
     enable_fp_fusion: bool = False
+    without: str = ""  # instructions that it must not have, a regular expression
 
 
 def build(case: Case, arch: int):
@@ -138,6 +139,8 @@ def report(op: str) -> list[dict]:
                 row = dict(op=op, case=case.name, arch=arch, **resources(kernel, folder), shared=kernel.metadata.shared)
                 row["mma"], row["wide"] = len(re.findall(MATRIX[arch], ptx)), len(re.findall(WIDE, ptx))
                 row["problems"] = problems(case, row)
+                if case.without and (found := re.search(case.without, ptx)):
+                    row["problems"].append(f"it has {found.group()}")
                 if arch == 90:
                     mine = arithmetic(kernel)
                     for other in specialisations(case):

@@ -28,10 +28,18 @@ def spill_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + i, x * tl.sum(x, axis=0))
 
 
+@triton.jit
+def mean_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    """`/` need not round to the nearest."""
+    x = tl.load(x_ptr + tl.arange(0, BLOCK)).to(tl.float32)
+    tl.store(out_ptr, tl.sum(x, axis=0) / 1000)
+
+
 BF16 = dict(x_ptr="*bf16", out_ptr="*bf16")
 CASES = [
     Case("narrow", copy_kernel, BF16 | dict(stride="i32"), dict(BLOCK=1024), ("x_ptr", "out_ptr"), wide=True),
     Case("no dot", copy_kernel, BF16 | dict(stride="i32"), dict(BLOCK=1024), ("x_ptr", "out_ptr"), mma=True),
     Case("sums", sum_kernel, BF16 | dict(stride="i32"), dict(BLOCK=1024), ("x_ptr", "stride")),
+    Case("mean", mean_kernel, BF16, dict(BLOCK=1024), ("x_ptr",), without=r"div\.(approx|full)\S*"),
     Case("spills", spill_kernel, dict(x_ptr="*fp32", out_ptr="*fp32"), dict(BLOCK=16384), num_warps=1),
 ]

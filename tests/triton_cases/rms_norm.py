@@ -16,6 +16,7 @@ def case(kind, columns, *, residual=False, aligned=True):
         divisible=pointers if aligned else (),
         num_warps=max(1, norm_block(columns) // 256),
         wide=aligned and columns >= 1024,
+        without=r"div\.(approx|full)\S*",
     )
 
 
