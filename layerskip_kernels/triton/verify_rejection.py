@@ -22,7 +22,7 @@ from layerskip_kernels.triton.sums import tree_sum
 from layerskip_kernels.triton.verify_tokens import emit, outputs
 
 CHUNK = 2048  # tokens
-WEIGH_WARPS = 8
+WARPS = 8  # with 4, the float64 of a chunk do not fit into registers
 _STRIDES = ["stride_draft", "stride_qb", "stride_qt", "stride_pb", "stride_pt", "stride_ub", "stride_ut"]
 
 
@@ -259,7 +259,7 @@ def verify_rejection(
             *strides,
             BLOCK_METHOD=block,
             CHUNK=chunk,
-            num_warps=WEIGH_WARPS,
+            num_warps=WARPS,
             **EXACT,
         )
         decide_kernel[(batch,)](
@@ -283,7 +283,7 @@ def verify_rejection(
             BLOCK_CHUNKS=triton.next_power_of_2(chunks),
             WIDTH=width,
             BLOCK_WIDTH=triton.next_power_of_2(width),
-            num_warps=4,
+            num_warps=WARPS,
             **EXACT,
         )
     return out

@@ -35,6 +35,9 @@ def case(part, kind, dim, heads, groups, *, tree=False, ragged=True, aligned=Tru
         num_stages=config["num_stages"],
         mma=part == "split" and kind != "fp32",
         wide=aligned and part == "split",
+        # Each element's offset is kept, and nine do not fit: read back once per chunk, not per tile. More warps would
+        # make room, and another order of sums than aligned caches have.
+        stack=0 if aligned else 40,
     )
 
 

@@ -1,6 +1,6 @@
 from triton_compile import Case
 
-from layerskip_kernels.triton.verify_rejection import CHUNK, WEIGH_WARPS, decide_kernel, weigh_kernel
+from layerskip_kernels.triton.verify_rejection import CHUNK, WARPS, decide_kernel, weigh_kernel
 
 KINDS = {
     "*fp32": ("q_ptr", "p_ptr", "u_ptr"),
@@ -29,7 +29,7 @@ def case(fn, block, vocab, drafts):
         signature=signature | dict.fromkeys(numbers, "i32"),
         constexprs={n: v for n, v in constexprs.items() if n in fn.arg_names},
         divisible=tuple(signature),
-        num_warps=WEIGH_WARPS if fn is weigh_kernel else 4,
+        num_warps=WARPS,
     )
 
 
