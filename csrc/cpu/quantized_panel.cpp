@@ -1,6 +1,5 @@
 #include "cpu/quantized_panel.h"
 
-#include "cpu/quantized_dot.h"
 #include "cpu/workspace.h"
 
 namespace lk::LK_VARIANT {
@@ -39,9 +38,9 @@ LK_INLINE vf of_blocks(const float* row, int64_t blocks_per_group, int64_t block
 // product, blocks in rising order: neither can change a bit. Meanwhile memory `ahead` bytes on is fetched.
 template <int kBits, int kRows, int kCols>
 void tile(const Span& s, int64_t n, int64_t m, int64_t ahead, vf* sums_at) {
-  constexpr int64_t kBytes = Stored<kBits>::kBytes;
-  const int64_t per_group = s.q.group / kBlock, whole = s.x.c / kBlock;
-  const uint8_t* w = s.w + n * s.w_stride + s.first * kBytes;
+  constexpr int64_t kBlocks = together(kBits), kBytes = Stored<kBits>::kBytes * kBlocks;
+  const int64_t per_group = s.q.group / kBlock;
+  const uint8_t* w = s.w + n * s.w_stride + s.first * Stored<kBits>::kBytes;
   const int16_t* x = s.x.words_of(s.first, m);
   vf sums[kRows][kCols];
   LK_UNROLL for (int j = 0; j < kRows; ++j)
@@ -61,18 +60,20 @@ void tile(const Span& s, int64_t n, int64_t m, int64_t ahead, vf* sums_at) {
           sums[j][i] = accumulate(sums[j][i], shift, load(s.x.sums_of(m + i) + block));
       }
     }
-    const int64_t complete = block + count <= whole ? count : whole - block;
+    const int64_t columns = block + count < s.x.blocks() ? count * kBlock : s.x.c - block * kBlock;
+    int64_t i = 0;
 #pragma GCC unroll 1
-    for (int64_t i = 0; i < complete; ++i, w += kBytes, x += s.x.m * kBlock) {
-      LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(w + j * s.w_stride + ahead);
+    for (; (i + kBlocks) * kBlock <= columns; i += kBlocks, w += kBytes, x += s.x.m * kBlocks * kBlock) {
+      LK_UNROLL for (int j = 0; j < kRows; ++j)
+        LK_UNROLL for (int64_t again = 0; again < kBlocks; ++again) prefetch_l2(w + j * s.w_stride + ahead - again * 64);
       add_block<kBits>(sums, w, s.w_stride, x,
                        reinterpret_cast<const float(*)[kCols][kWidth]>(&factors[0][0][i]));
     }
-    if (complete < count) {
+    if (const int64_t rest = columns - i * kBlock; rest > 0) {
       alignas(64) uint8_t last[kRows][kBytes] = {};
-      for (int j = 0; j < kRows; ++j) memcpy(last[j], w + j * s.w_stride, size_t(s.x.c % kBlock * kBits / 8));
+      for (int j = 0; j < kRows; ++j) memcpy(last[j], w + j * s.w_stride, size_t(rest * kBits / 8));
       add_block<kBits>(sums, last[0], kBytes, x,
-                       reinterpret_cast<const float(*)[kCols][kWidth]>(&factors[0][0][complete]));
+                       reinterpret_cast<const float(*)[kCols][kWidth]>(&factors[0][0][i]));
     }
   }
   LK_UNROLL for (int j = 0; j < kRows; ++j)
@@ -137,18 +138,10 @@ void rows_of_width(const Matrix& w, const QuantizedRows& x, int64_t begin, int64
   }
 }
 
-template <int kBits>
-LK_INLINE void reorder(const int32_t* q, int16_t* words) {
-  constexpr int64_t kRun = Stored<kBits>::kRun, kStep = Stored<kBits>::kStep;
-  for (int64_t group = 0; group < kBlock; group += kRun * kStep)
-    for (int64_t step = 0; step < kStep; ++step)
-      for (int64_t i = 0; i < kRun; ++i) words[group + step * kRun + i] = int16_t(q[group + step + i * kStep]);
-}
-
 }  // namespace
 
 QuantizedRows::QuantizedRows(int64_t rows, int64_t columns, int64_t b, Workspace use) : m(rows), c(columns), bits(b) {
-  const int64_t bytes = blocks() * kBlock * int64_t(sizeof(int16_t)) + 2 * scales() * int64_t(sizeof(float));
+  const int64_t bytes = placed() * kBlock * int64_t(sizeof(int16_t)) + 2 * scales() * int64_t(sizeof(float));
   data = static_cast<char*>(workspace(use, size_t(rows * bytes)));
 }
 
@@ -156,8 +149,8 @@ template <class T>
 void QuantizedRows::pack(int64_t row, const T* x) {
   float *scale = scales_of(row), *sum = sums_of(row);
   for (int64_t block = blocks(); block < scales(); ++block) scale[block] = sum[block] = 0;
-  for (int64_t block = 0; block < blocks(); ++block, x += kBlock) {
-    const int64_t count = c - block * kBlock;
+  for (int64_t block = 0; block < placed(); ++block, x += kBlock) {
+    const int64_t count = c - block * kBlock;  // 0 or less of a block that is there because of the one before it
     alignas(64) float values[kBlock];
     vf largest = zero(), none = zero();
     for (int64_t i = 0; i < kBlock; i += kWidth) {
@@ -185,7 +178,8 @@ void QuantizedRows::pack(int64_t row, const T* x) {
       scale[block] = float_from_bits(exponent - (uint32_t(14) << 23));
       sum[block] = scale[block] * float(total);
     }
-    if (bits == 8) reorder<8>(q, words_of(block, row)); else reorder<4>(q, words_of(block, row));
+    const int64_t part = block % together(bits);
+    if (bits == 8) Stored<8>::place(q, words_of(block, row), part); else Stored<4>::place(q, words_of(block, row), part);
   }
 }
 template void QuantizedRows::pack(int64_t, const float*);
