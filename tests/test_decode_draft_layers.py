@@ -9,6 +9,7 @@ from tiny_models import tiny_model
 import layerskip_kernels as lk
 from layerskip_kernels import registry
 from layerskip_kernels.decode import draft_layers
+from layerskip_kernels.decode.model import Model
 from layerskip_kernels.measure import lens
 from layerskip_kernels.measure.costs import measure_costs
 from layerskip_kernels.ops import DecoderLayers, QuantizedWeight, quantize
@@ -91,6 +92,31 @@ def test_the_cache_keeps_nothing_of_the_copies(model):
         assert all(map(torch.equal, plain, speculated))
 
 
+def test_many_sequences_draft_with_the_layers_themselves(model, monkeypatch):
+    """Whose products copies would not speed up; rejection's text must not depend on how many there are."""
+    decoder = decoder_of(model, "auto", "int4", exit_layer=2, num_speculations=2)
+    prompts = [[5, 9, number] for number in range(draft_layers.MOST_ROWS + 1)]
+    run_layers, with_copies = Model.run_layers, []
+
+    def watched(self, first, last, hidden, cache, *, drafts=False, **where):
+        with_copies.append((len(hidden), drafts))
+        run_layers(self, first, last, hidden, cache, drafts=drafts, **where)
+
+    monkeypatch.setattr(Model, "run_layers", watched)
+    sampled = dict(sample=True, temperature=0.7, seed=[7] * len(prompts))
+    together = decoder.generate(prompts, max_new_tokens=8, eos_token_id=[], **sampled)
+    assert {drafts for rows, drafts in with_copies if rows > draft_layers.MOST_ROWS} == {False}
+    with_copies.clear()
+    alone = [decoder.generate(p, max_new_tokens=8, eos_token_id=[], **sampled | {"seed": 7}) for p in prompts]
+    assert [a.sequences[0] for a in alone] == together.sequences
+    assert (1, True) in with_copies
+    sampled["verification"] = "rejection"
+    together = decoder.generate(prompts, max_new_tokens=8, eos_token_id=[], **sampled)
+    assert (len(prompts), True) in with_copies
+    alone = [decoder.generate(p, max_new_tokens=8, eos_token_id=[], **sampled | {"seed": 7}) for p in prompts]
+    assert [a.sequences[0] for a in alone] == together.sequences
+
+
 @pytest.mark.parametrize("method", ["standard", "block"])
 def test_rejection_works_with_copies(model, method):
     decoder = decoder_of(model, "reference", "int4", exit_layer=3, num_speculations=3)
@@ -102,7 +128,7 @@ def test_rejection_works_with_copies(model, method):
 
 def test_measured_agreement_is_the_copies(model):
     """With K = 1 a draft sees the copies' K/V of its own token alone; texts are read one token at a time to match."""
-    decoder = decoder_of(model, "reference", "int4", exit_layer=3, num_speculations=1)
+    decoder = decoder_of(model, "reference", "int4", exit_layer=3, num_speculations=1, max_batch_size=1)
     layers = decoder.model.draft_layers.first(4)
     noisy = [quantize(2 * torch.randn(64, 112, generator=torch.manual_seed(i)) / 112**0.5, 4) for i in range(4)]
     decoder.model.draft_layers = SimpleNamespace(
@@ -123,7 +149,9 @@ def test_measured_agreement_is_the_copies(model):
 
 
 def test_what_a_draft_costs(model):
-    shared, copied = (decoder_of(model, "reference", name, exit_layer=2) for name in ("shared", "int4"))
+    shared, copied = (
+        decoder_of(model, "reference", name, exit_layer=2, max_batch_size=1) for name in ("shared", "int4")
+    )
     assert copied.model.layer_bytes(0, 2, drafts=True) < 0.35 * shared.model.layer_bytes(0, 2, drafts=True)
     assert copied.model.layer_bytes(0, 4) == shared.model.layer_bytes(0, 4) == shared.model.layer_bytes(0, 4, True)
     head = shared.model.head_bytes()

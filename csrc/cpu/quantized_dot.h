@@ -1,4 +1,4 @@
-// How a block of 64 columns of a quantized weight row, or a few of them, are multiplied with packed x rows.
+// How one block of 64 columns of a quantized weight row is multiplied with packed x rows.
 //
 // Both are 16-bit integers there; their products are summed exactly, in int32: x is at most 2^15 and a weight 2^7 in
 // magnitude, a vector lane sums at most 8 products, so 2^25. x lies in the order in which the weights come apart: 8 bits
@@ -36,25 +36,10 @@ LK_INLINE Words widened(const uint8_t* p) {
 #endif
 }
 
-// Blocks that are multiplied together.
-#if defined(LK_VARIANT_AVX512_BF16)
-constexpr int64_t together(int64_t bits) { return bits == 4 ? 2 : 1; }
-#else
-constexpr int64_t together(int64_t) { return 1; }
-#endif
-
 // Bytes of a block, and unpack() into 16-bit lanes. These come in runs of kRun columns kStep apart: the first run from
-// column 0 on, the next from 1 on, and after kStep of them from column kRun * kStep on. place() writes the 16-bit
-// integers of the block `part` of those that are together so that they meet their weights.
+// column 0 on, the next from 1 on, and after kStep of them from column kRun * kStep on.
 template <int kBits>
 struct Stored;
-
-template <int64_t kRun, int64_t kStep>
-LK_INLINE void place_runs(const int32_t* q, int16_t* words) {
-  for (int64_t group = 0; group < kBlock; group += kRun * kStep)
-    for (int64_t step = 0; step < kStep; ++step)
-      for (int64_t i = 0; i < kRun; ++i) words[group + step * kRun + i] = int16_t(q[group + step + i * kStep]);
-}
 
 template <>
 struct Stored<8> {
@@ -63,23 +48,12 @@ struct Stored<8> {
     LK_UNROLL for (int i = 0; i < kVectors; ++i)
       w[i] = widened(p + i * kWords);
   }
-  LK_MEMBER void place(const int32_t* q, int16_t* words, int64_t) { place_runs<kBlock, 1>(q, words); }
+  static constexpr int64_t kRun = kBlock, kStep = 1;
 };
 
 template <>
 struct Stored<4> {
   static constexpr int64_t kBytes = 32;
-#if defined(LK_VARIANT_AVX512_BF16)
-  // Of both blocks the high bytes of the even columns, those of the odd ones, and the low bytes likewise.
-  LK_MEMBER void place(const int32_t* q, int16_t* words, int64_t part) {
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(words) + part * kBytes;
-    for (int64_t i = 0; i < kBlock; ++i) {
-      uint8_t* high = bytes + i % 2 * kBlock + i / 2;
-      high[0] = uint8_t(q[i] >> 8), high[2 * kBlock] = uint8_t(q[i]);
-    }
-  }
-#else
-  LK_MEMBER void place(const int32_t* q, int16_t* words, int64_t) { place_runs<16, 4>(q, words); }
   // q + 8.
   LK_MEMBER void unpack(const uint8_t* p, Words (&w)[kVectors]) {
 #if defined(LK_VARIANT_AVX512)
@@ -95,7 +69,7 @@ struct Stored<4> {
     w[3] = Words(v >> 12);
 #endif
   }
-#endif
+  static constexpr int64_t kRun = 16, kStep = 4;
 };
 
 // Products of 16-bit lanes, those of a pair added.
@@ -130,58 +104,21 @@ LK_INLINE void load_words(const int16_t* x, Words (&words)[kVectors]) {
   LK_UNROLL for (int k = 0; k < kVectors; ++k) words[k] = load_vector<Words>(x + k * kWords);
 }
 
-#if defined(LK_VARIANT_AVX512_BF16)
-// 4 bits: bytes of weights times those of x, high ones first. One vector has even or odd columns of two blocks, one in
-// each half, so unpacking is a shift and two masks for both: with one x row that is what takes the time.
-template <int kRows, int kCols>
-LK_INLINE void add_two_blocks(vf (&sums)[kRows][kCols], const uint8_t* w, int64_t w_stride, const int16_t* x,
-                              const float (*factors)[kCols][kWidth]) {
-  Unsigned even[kRows], odd[kRows];
-  LK_UNROLL for (int j = 0; j < kRows; ++j) {
-    const Unsigned v = load_vector<Unsigned>(w + j * w_stride);
-    even[j] = v & 0x0f0f;
-    odd[j] = v >> 4 & 0x0f0f;
-  }
-  LK_UNROLL for (int i = 0; i < kCols; ++i) {
-    const int16_t* words = x + i * 2 * kBlock;
-    const __m512i high_even = _mm512_load_si512(words), high_odd = _mm512_load_si512(words + kWords);
-    const __m512i low_even = _mm512_load_si512(words + 2 * kWords), low_odd = _mm512_load_si512(words + 3 * kWords);
-    LK_UNROLL for (int j = 0; j < kRows; ++j) {
-      __m512i dots = _mm512_dpbusd_epi32(__m512i(Ints{}), __m512i(even[j]), high_even);
-      dots = _mm512_dpbusd_epi32(dots, __m512i(odd[j]), high_odd);
-      dots = _mm512_slli_epi32(dots, 8);
-      dots = _mm512_dpbusd_epi32(dots, low_even, __m512i(even[j]));
-      dots = _mm512_dpbusd_epi32(dots, low_odd, __m512i(odd[j]));
-      const float* two = factors[j][i];
-      const vf factor = _mm512_mask_mov_ps(set1(two[0]), __mmask16(0xff00), set1(two[1]));
-      sums[j][i] = accumulate(sums[j][i], _mm512_cvtepi32_ps(dots), factor);
-    }
-  }
-}
-#endif
-
-// sums[j][i] + factors[j][i][0] * (dot product of the block of weight row j and that of packed row i), and likewise for
-// the blocks that are together with it. What is kept in registers is all rows' weights, so that x is loaded once for
-// them, or without room for these one row's.
+// sums[j][i] + factors[j][i][0] * (dot product of the block of weight row j and that of packed row i). What is kept in
+// registers is all rows' weights, so that x is loaded once for them, or without room for these one row's.
 template <int kBits, int kRows, int kCols>
 LK_INLINE void add_block(vf (&sums)[kRows][kCols], const uint8_t* w, int64_t w_stride, const int16_t* x,
                          const float (*factors)[kCols][kWidth]) {
-#if defined(LK_VARIANT_AVX512_BF16)
-  if constexpr (kBits == 4) return add_two_blocks(sums, w, w_stride, x, factors);
-  else
-#endif
-  {
-    constexpr int kHeld = kRegisters >= 24 ? kRows : 1;
-    LK_UNROLL for (int first = 0; first < kRows; first += kHeld) {
-      Words weights[kHeld][kVectors];
-      LK_UNROLL for (int j = 0; j < kHeld; ++j) Stored<kBits>::unpack(w + (first + j) * w_stride, weights[j]);
-      LK_UNROLL for (int i = 0; i < kCols; ++i) {
-        Words words[kVectors];
-        load_words(x + i * kBlock, words);
-        LK_UNROLL for (int j = 0; j < kHeld; ++j)
-          sums[first + j][i] =
-              accumulate(sums[first + j][i], block_dots(weights[j], words), set1(factors[first + j][i][0]));
-      }
+  constexpr int kHeld = kRegisters >= 24 ? kRows : 1;
+  LK_UNROLL for (int first = 0; first < kRows; first += kHeld) {
+    Words weights[kHeld][kVectors];
+    LK_UNROLL for (int j = 0; j < kHeld; ++j) Stored<kBits>::unpack(w + (first + j) * w_stride, weights[j]);
+    LK_UNROLL for (int i = 0; i < kCols; ++i) {
+      Words words[kVectors];
+      load_words(x + i * kBlock, words);
+      LK_UNROLL for (int j = 0; j < kHeld; ++j)
+        sums[first + j][i] =
+            accumulate(sums[first + j][i], block_dots(weights[j], words), set1(factors[first + j][i][0]));
     }
   }
 }

@@ -1,5 +1,6 @@
 #include "cpu/quantized_panel.h"
 
+#include "cpu/quantized_dot.h"
 #include "cpu/workspace.h"
 
 namespace lk::LK_VARIANT {
@@ -21,6 +22,11 @@ struct Span {
   int64_t first, last;
 };
 
+// How far ahead memory is fetched: bytes of values, and scales.
+struct Ahead {
+  int64_t bytes, scales;
+};
+
 // The scales (or offsets) of kWidth blocks from `block` on; zero from `last` on.
 LK_INLINE vf of_blocks(const float* row, int64_t blocks_per_group, int64_t block, int64_t count) {
   if (blocks_per_group == 1) return count < kWidth ? load(row + block, count) : load(row + block);
@@ -35,12 +41,13 @@ LK_INLINE vf of_blocks(const float* row, int64_t blocks_per_group, int64_t block
 
 // Adds to the vectors sums[i * kTileRows + j] the products of weight row n + j and packed row m + i, over the span's
 // columns; what they add up to once all columns are done is the dot product. For every tile and span one vector per
-// product, blocks in rising order: neither can change a bit. Meanwhile memory `ahead` bytes on is fetched.
+// product, blocks in rising order: neither can change a bit. Meanwhile values and scales that
+// far ahead are fetched: what the processor fetches of the scales by itself comes too late.
 template <int kBits, int kRows, int kCols>
-void tile(const Span& s, int64_t n, int64_t m, int64_t ahead, vf* sums_at) {
-  constexpr int64_t kBlocks = together(kBits), kBytes = Stored<kBits>::kBytes * kBlocks;
-  const int64_t per_group = s.q.group / kBlock;
-  const uint8_t* w = s.w + n * s.w_stride + s.first * Stored<kBits>::kBytes;
+void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums_at) {
+  constexpr int64_t kBytes = Stored<kBits>::kBytes;
+  const int64_t per_group = s.q.group / kBlock, whole = s.x.c / kBlock;
+  const uint8_t* w = s.w + n * s.w_stride + s.first * kBytes;
   const int16_t* x = s.x.words_of(s.first, m);
   vf sums[kRows][kCols];
   LK_UNROLL for (int j = 0; j < kRows; ++j)
@@ -50,7 +57,9 @@ void tile(const Span& s, int64_t n, int64_t m, int64_t ahead, vf* sums_at) {
     const int64_t count = s.last - block < kWidth ? s.last - block : kWidth;
     alignas(64) float factors[kRows][kCols][kWidth];
     LK_UNROLL for (int j = 0; j < kRows; ++j) {
-      const vf scale = of_blocks(s.q.scale + (n + j) * s.q.scale_stride, per_group, block, count);
+      const float* scales = s.q.scale + (n + j) * s.q.scale_stride;
+      prefetch_l2(scales + block / per_group + ahead.scales);
+      const vf scale = of_blocks(scales, per_group, block, count);
       vf shift = kBits == 4 ? mul(scale, set1(-8)) : zero();
       if (s.q.offset)
         shift = add(shift, of_blocks(s.q.offset + (n + j) * s.q.offset_stride, per_group, block, count));
@@ -60,20 +69,18 @@ void tile(const Span& s, int64_t n, int64_t m, int64_t ahead, vf* sums_at) {
           sums[j][i] = accumulate(sums[j][i], shift, load(s.x.sums_of(m + i) + block));
       }
     }
-    const int64_t columns = block + count < s.x.blocks() ? count * kBlock : s.x.c - block * kBlock;
-    int64_t i = 0;
+    const int64_t complete = block + count <= whole ? count : whole - block;
 #pragma GCC unroll 1
-    for (; (i + kBlocks) * kBlock <= columns; i += kBlocks, w += kBytes, x += s.x.m * kBlocks * kBlock) {
-      LK_UNROLL for (int j = 0; j < kRows; ++j)
-        LK_UNROLL for (int64_t again = 0; again < kBlocks; ++again) prefetch_l2(w + j * s.w_stride + ahead - again * 64);
+    for (int64_t i = 0; i < complete; ++i, w += kBytes, x += s.x.m * kBlock) {
+      LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(w + j * s.w_stride + ahead.bytes);
       add_block<kBits>(sums, w, s.w_stride, x,
                        reinterpret_cast<const float(*)[kCols][kWidth]>(&factors[0][0][i]));
     }
-    if (const int64_t rest = columns - i * kBlock; rest > 0) {
+    if (complete < count) {
       alignas(64) uint8_t last[kRows][kBytes] = {};
-      for (int j = 0; j < kRows; ++j) memcpy(last[j], w + j * s.w_stride, size_t(rest * kBits / 8));
+      for (int j = 0; j < kRows; ++j) memcpy(last[j], w + j * s.w_stride, size_t(s.x.c % kBlock * kBits / 8));
       add_block<kBits>(sums, last[0], kBytes, x,
-                       reinterpret_cast<const float(*)[kCols][kWidth]>(&factors[0][0][i]));
+                       reinterpret_cast<const float(*)[kCols][kWidth]>(&factors[0][0][complete]));
     }
   }
   LK_UNROLL for (int j = 0; j < kRows; ++j)
@@ -82,7 +89,7 @@ void tile(const Span& s, int64_t n, int64_t m, int64_t ahead, vf* sums_at) {
 
 // Weight rows [n, n + kRows) against all x rows, cut into tiles of nearly equal width: kCols or one less.
 template <int kBits, int kRows, int kCols>
-void strip(const Span& s, int64_t n, int64_t ahead, vf* sums) {
+void strip(const Span& s, int64_t n, Ahead ahead, vf* sums) {
   const int64_t tiles = (s.x.m + kCols - 1) / kCols;
   const int64_t narrow = tiles * kCols - s.x.m;
   int64_t m = 0;
@@ -109,10 +116,15 @@ void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, T
     const int64_t last = first + step < blocks ? first + step : blocks;
     const Span span{x, static_cast<const uint8_t*>(w.data), w.stride, w.quantization, first, last};
     // Where the rows `lead` ahead lie: in these columns, in the next ones of the first rows, or in the next rows.
+    const auto distance = [&](int64_t n, int64_t stride, int64_t before, int64_t span) {
+      if (n + lead < end) return lead * stride;
+      if (last < blocks) return (lead - count) * stride + span;
+      return n + lead < w.n ? lead * stride - before : 0;
+    };
+    const int64_t per_group = w.quantization.group / kBlock;
     auto ahead = [&](int64_t n) {
-      if (n + lead < end) return lead * w.stride;
-      if (last < blocks) return (lead - count) * w.stride + step * Stored<kBits>::kBytes;
-      return n + lead < w.n ? lead * w.stride - first * Stored<kBits>::kBytes : 0;
+      return Ahead{distance(n, w.stride, first * Stored<kBits>::kBytes, step * Stored<kBits>::kBytes),
+                   distance(n, w.quantization.scale_stride, first / per_group, step / per_group)};
     };
     int64_t n = begin;
     for (; n + kRows <= end; n += kRows) strip<kBits, kRows, kCols>(span, n, ahead(n), sums + (n - begin));
@@ -138,10 +150,18 @@ void rows_of_width(const Matrix& w, const QuantizedRows& x, int64_t begin, int64
   }
 }
 
+template <int kBits>
+LK_INLINE void reorder(const int32_t* q, int16_t* words) {
+  constexpr int64_t kRun = Stored<kBits>::kRun, kStep = Stored<kBits>::kStep;
+  for (int64_t group = 0; group < kBlock; group += kRun * kStep)
+    for (int64_t step = 0; step < kStep; ++step)
+      for (int64_t i = 0; i < kRun; ++i) words[group + step * kRun + i] = int16_t(q[group + step + i * kStep]);
+}
+
 }  // namespace
 
 QuantizedRows::QuantizedRows(int64_t rows, int64_t columns, int64_t b, Workspace use) : m(rows), c(columns), bits(b) {
-  const int64_t bytes = placed() * kBlock * int64_t(sizeof(int16_t)) + 2 * scales() * int64_t(sizeof(float));
+  const int64_t bytes = blocks() * kBlock * int64_t(sizeof(int16_t)) + 2 * scales() * int64_t(sizeof(float));
   data = static_cast<char*>(workspace(use, size_t(rows * bytes)));
 }
 
@@ -149,8 +169,8 @@ template <class T>
 void QuantizedRows::pack(int64_t row, const T* x) {
   float *scale = scales_of(row), *sum = sums_of(row);
   for (int64_t block = blocks(); block < scales(); ++block) scale[block] = sum[block] = 0;
-  for (int64_t block = 0; block < placed(); ++block, x += kBlock) {
-    const int64_t count = c - block * kBlock;  // 0 or less of a block that is there because of the one before it
+  for (int64_t block = 0; block < blocks(); ++block, x += kBlock) {
+    const int64_t count = c - block * kBlock;
     alignas(64) float values[kBlock];
     vf largest = zero(), none = zero();
     for (int64_t i = 0; i < kBlock; i += kWidth) {
@@ -178,8 +198,7 @@ void QuantizedRows::pack(int64_t row, const T* x) {
       scale[block] = float_from_bits(exponent - (uint32_t(14) << 23));
       sum[block] = scale[block] * float(total);
     }
-    const int64_t part = block % together(bits);
-    if (bits == 8) Stored<8>::place(q, words_of(block, row), part); else Stored<4>::place(q, words_of(block, row), part);
+    if (bits == 8) reorder<8>(q, words_of(block, row)); else reorder<4>(q, words_of(block, row));
   }
 }
 template void QuantizedRows::pack(int64_t, const float*);

@@ -2,13 +2,11 @@
 #pragma once
 
 #include "cpu/panel.h"
-#include "cpu/quantized_dot.h"
 
 namespace lk::LK_VARIANT {
 
-// x rows as products with weights of `bits` take them: 16-bit integers [blocks of 64 columns, m, 64], or as many blocks
-// as are multiplied together for one, so that a tile finds its rows at fixed distances; and of each row and block the
-// scale, and scale times the sum of its integers.
+// x rows as products with weights of `bits` take them: 16-bit integers [blocks of 64 columns, m, 64], so that a tile
+// finds its rows at fixed distances; and of each row and block the scale, and scale times the sum of its integers.
 struct QuantizedRows {
   char* data;
   int64_t m, c, bits;  // m may become smaller, until rows are packed
@@ -24,12 +22,8 @@ struct QuantizedRows {
 
   int64_t blocks() const { return (c + 63) / 64; }
   int64_t scales() const { return (blocks() + kWidth - 1) / kWidth * kWidth; }  // of a row, zero behind the last block
-  int64_t placed() const { return (blocks() + together(bits) - 1) / together(bits) * together(bits); }
-  // Of a block, with those that are together with it.
-  int16_t* words_of(int64_t block, int64_t row) const {
-    return reinterpret_cast<int16_t*>(data) + (block / together(bits) * m + row) * together(bits) * 64;
-  }
-  float* scales_of(int64_t row) const { return reinterpret_cast<float*>(words_of(placed(), 0)) + 2 * row * scales(); }
+  int16_t* words_of(int64_t block, int64_t row) const { return reinterpret_cast<int16_t*>(data) + (block * m + row) * 64; }
+  float* scales_of(int64_t row) const { return reinterpret_cast<float*>(words_of(blocks(), 0)) + 2 * row * scales(); }
   float* sums_of(int64_t row) const { return scales_of(row) + scales(); }
 };
 

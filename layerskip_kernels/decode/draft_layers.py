@@ -19,6 +19,7 @@ from layerskip_kernels.ops.decoder_stack import LINEARS
 DRAFT_LAYERS = ("auto", "shared", *QUANTIZATIONS)
 AUTO = "int8"  # what "auto" makes where copies pay: 4 bits lose drafts of models whose choices are close
 AUTO_BYTES = 32 << 20  # of the early layers: fewer are read from the processor's caches
+MOST_ROWS = 4  # sequences in a round: with more, arithmetic takes longer than the bytes that copies save
 
 
 class DraftLayers:

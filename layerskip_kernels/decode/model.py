@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from layerskip_kernels.decode.cache import KVCache
-from layerskip_kernels.decode.draft_layers import DraftLayers
+from layerskip_kernels.decode.draft_layers import MOST_ROWS, DraftLayers
 from layerskip_kernels.models.config import ModelConfig
 from layerskip_kernels.models.rope import Rope
 from layerskip_kernels.models.weights import ModelWeights
@@ -58,6 +58,10 @@ class Model:
             compose(self._prefill_ops, *arguments, **constants, **where)
         else:
             self.ops.decoder_stack(*arguments, **constants, **where)
+
+    def copies_draft(self, rows: int) -> bool:
+        """Whether copies of the early layers draft in rounds of `rows` sequences, and not the layers themselves."""
+        return self.draft_layers is not None and rows <= MOST_ROWS
 
     def prepare_drafts(self, exit_layer: int) -> None:
         """Make the copies of layers [0, exit_layer) that drafts need; raises ValueError for a weight that has none."""

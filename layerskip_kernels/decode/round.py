@@ -39,10 +39,12 @@ def self_speculative_round(
         rejection.begin(r)
     if adaptation is not None:
         adaptation.begin(r)
-    r = draft(model, cache, r, exit_layer, rejection, adaptation)
+    # rejection's text depends on what drafts, which the sequences beside it must not change
+    copies = model.copies_draft(1 if rejection else len(r.pending))
+    r = draft(model, cache, r, exit_layer, copies, rejection, adaptation)
     if show_draft is not None:
         show_draft(r)
-    verify(model, cache, r, exit_layer, None if rejection else r.verify_sampling)
+    verify(model, cache, r, exit_layer, copies, None if rejection else r.verify_sampling)
     if control is not None:
         control(r)
     accept(model, r, eos_ids, rejection)
@@ -89,15 +91,16 @@ def draft(
     cache: KVCache,
     r: Round,
     exit_layer: int,
+    copies: bool,
     rejection: Rejection | None,
     adaptation: Adaptation | None,
 ) -> Round:
     """K tokens by the early layers, whose hidden states are kept; then their pass over the last draft.
 
-    Where copies of them draft, nothing is kept, and verification starts over.
+    With `copies` of them nothing is kept, and verification starts over.
     """
     for t in range(r.drafts):
-        step(model, cache, r, t, exit_layer, drafts=True)
+        step(model, cache, r, t, exit_layer, copies)
         if rejection is not None:
             r.tokens[:, t + 1] = rejection.draw(model, r, t)
         else:
@@ -111,7 +114,7 @@ def draft(
         if adaptation is not None and adaptation.stops(r, t):
             r = narrow(model, r, t + 1)
             break
-    if model.draft_layers is None:
+    if not copies:
         step(model, cache, r, r.drafts, exit_layer)
     return r
 
@@ -131,19 +134,17 @@ def narrow(model: Model, r: Round, drafts: int) -> Round:
     return r
 
 
-def step(model: Model, cache: KVCache, r: Round, t: int, last_layer: int, drafts: bool = False) -> None:
-    """Layers [0, last_layer) on window position t; `drafts`: the copies that draft, if any."""
+def step(model: Model, cache: KVCache, r: Round, t: int, last_layer: int, copies: bool = False) -> None:
+    """Layers [0, last_layer), or the copies of them that draft, on window position t."""
     model.embed(r.step_tokens[t], out=r.step_rows[t])
-    model.run_layers(0, last_layer, r.step_hidden[t], cache, drafts=drafts, **r.at[t])
+    model.run_layers(0, last_layer, r.step_hidden[t], cache, drafts=copies, **r.at[t])
 
 
-def verify(model: Model, cache: KVCache, r: Round, exit_layer: int, sampling: Sampling | None) -> None:
+def verify(model: Model, cache: KVCache, r: Round, exit_layer: int, copies: bool, sampling: Sampling | None) -> None:
     """The remaining layers on the whole window at once: the model's own token after each of its positions."""
-    first = exit_layer
-    if model.draft_layers is not None:  # all layers then, over the K/V that copies wrote
-        first = 0
+    if copies:  # all layers then, over the K/V that these wrote
         model.embed(r.tokens.view(-1), out=r.exit_rows)
-    model.run_layers(first, model.config.num_layers, r.exit_hidden, cache, **r.whole)
+    model.run_layers(0 if copies else exit_layer, model.config.num_layers, r.exit_hidden, cache, **r.whole)
     choose(model, r, sampling)
 
 

@@ -95,7 +95,7 @@ def measure_costs(
         probes["half", width] = phases.timer(partial(phases.layers, half, width))
         probes["head", width] = phases.timer(partial(phases.head, width, phases.model.head))
     exit_layer = decoder.exit_layer
-    if phases.model.draft_layers:
+    if phases.model.copies_draft(batch):
         probes["draft layers"] = phases.timer(partial(phases.layers, exit_layer, 1, drafts=True))
     probes["draft head"] = phases.timer(partial(phases.head, 1, phases.model.draft_head))
     # whole rounds too, the shortest ones, as a busy machine interrupts the others

@@ -72,8 +72,8 @@ def read(
     The continuation runs through the kernels that decode, in their numbers: on a text that `decoder` generated, the
     last exit says exactly its tokens, and every other exit exactly what it would have drafted there. With `sampling`
     the exits draw their tokens, with the noise that decoding has at the same positions. `drafting`: the exits speak
-    through the layers and the head that draft, which may be quantized copies; the last layer never does. Copies of
-    layers see their own K/V in the window they run over, up to 64 tokens, in decoding only in a draft.
+    through the layers and the head that draft where `max_batch_size` sequences decode together, which may be quantized
+    copies; the last layer never does. Copies of layers see their own K/V in the window they run over, up to 64 tokens, in decoding only in a draft.
     """
     model: Model = decoder.model
     ids = torch.tensor([*prompt, *continuation], dtype=torch.int64, device=model.device)
@@ -83,7 +83,7 @@ def read(
     for piece in pieces(model, cache, ids[:-1], prompt_length):
         start = piece.start + min(max(first - piece.start, 0), piece.stop - piece.start)
         rows = []
-        copies = piece.hidden.clone() if drafting and model.draft_layers else None
+        copies = piece.hidden.clone() if drafting and model.copies_draft(decoder.max_batch_size) else None
         for layer in range(model.config.num_layers):
             drafts = drafting and layer + 1 < model.config.num_layers
             said = piece.hidden

@@ -100,17 +100,6 @@ EMULATED __m512i multiply_pairs(__m512i a, __m512i b) {
   return join<__m512i>(_mm256_madd_epi16(half<__m256i>(a, 0), half<__m256i>(b, 0)),
                        _mm256_madd_epi16(half<__m256i>(a, 1), half<__m256i>(b, 1)));
 }
-EMULATED __m512i add_fours(__m512i sums, __m512i a, __m512i b) {  // bytes: unsigned times signed
-  uint8_t x[64];
-  int8_t y[64];
-  int32_t s[16];
-  memcpy(x, &a, 64);
-  memcpy(y, &b, 64);
-  memcpy(s, &sums, 64);
-  for (int i = 0; i < 64; ++i) s[i / 4] += int32_t(x[i]) * y[i];
-  memcpy(&sums, s, 64);
-  return sums;
-}
 EMULATED __m512i to_int(__m512 x) {
   return join<__m512i>(_mm256_cvtps_epi32(half<__m256>(x, 0)), _mm256_cvtps_epi32(half<__m256>(x, 1)));
 }
@@ -178,7 +167,6 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_inserti64x4(a, b, which) emulated::join<__m512i>(emulated::half<__m256i>(a, 0), b)  // which: 1
 #define _mm512_madd_epi16(a, b) emulated::multiply_pairs(a, b)
 #define _mm512_dpwssd_epi32(sums, a, b) _mm512_add_epi32(sums, emulated::multiply_pairs(a, b))
-#define _mm512_dpbusd_epi32(sums, a, b) emulated::add_fours(sums, a, b)
 #define _mm512_and_si512(a, b) ((__m512i)((a) & (b)))
 #define _mm512_add_epi32(a, b) ((__m512i)((emulated::U32)(a) + (emulated::U32)(b)))
 #define _mm512_sub_epi32(a, b) ((__m512i)((emulated::U32)(a) - (emulated::U32)(b)))
