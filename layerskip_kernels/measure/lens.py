@@ -73,7 +73,8 @@ def read(
     last exit says exactly its tokens, and every other exit exactly what it would have drafted there. With `sampling`
     the exits draw their tokens, with the noise that decoding has at the same positions. `drafting`: the exits speak
     through the layers and the head that draft where `max_batch_size` sequences decode together, which may be quantized
-    copies; the last layer never does. Copies of layers see their own K/V in the window they run over, up to 64 tokens, in decoding only in a draft.
+    copies; the last layer never does. Copies of layers see their own K/V in the window they run over, up to 64 tokens,
+    in decoding only in a draft.
     """
     model: Model = decoder.model
     ids = torch.tensor([*prompt, *continuation], dtype=torch.int64, device=model.device)
