@@ -41,8 +41,8 @@ LK_INLINE vf of_blocks(const float* row, int64_t blocks_per_group, int64_t block
 
 // Adds to the vectors sums[i * kTileRows + j] the products of weight row n + j and packed row m + i, over the span's
 // columns; what they add up to once all columns are done is the dot product. For every tile and span one vector per
-// product, blocks in rising order: neither can change a bit. Meanwhile values and scales that
-// far ahead are fetched: what the processor fetches of the scales by itself comes too late.
+// product, blocks in rising order: neither can change a bit. Meanwhile values and scales `ahead` are fetched: of the
+// scales the processor by itself fetches too late.
 template <int kBits, int kRows, int kCols>
 void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums_at) {
   constexpr int64_t kBytes = Stored<kBits>::kBytes;

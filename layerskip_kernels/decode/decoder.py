@@ -180,7 +180,8 @@ class SelfSpeculativeDecoder:
         """Decode a live transformers model, sharing its weights; the model is not modified.
 
         With `quantization` linears and head are quantized copies. A model that torchao has quantized is shared as far
-        as its layout goes. Arguments and errors as in `from_pretrained`; `tokenizer` makes strings usable as prompts.
+        as its layout goes. All copies are of the weights as they are now: after changing these make a new decoder.
+        Arguments and errors as in `from_pretrained`; `tokenizer` makes strings usable as prompts.
         """
         from layerskip_kernels.models.loading import from_transformers
 
