@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,13 @@ def script(tmp_path):
 
     def start(*arguments, **variables):
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen([SCRIPT, *arguments], env=os.environ | nothing | usual | variables, **pipes)
+        return subprocess.Popen(
+            [SCRIPT, *arguments],
+            env=os.environ | nothing | usual | variables,
+            # where tests run in the background, they may have been started with SIGINT ignored, which bash can't undo
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+            **pipes,
+        )
 
     return start
 
