@@ -4,24 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from draft_copies import BACKENDS, NEW, PROMPTS, assert_answers_stay
 from tiny_models import tiny_model
 
 import layerskip_kernels as lk
-from layerskip_kernels import registry
 from layerskip_kernels.decode import draft_layers
 from layerskip_kernels.decode.model import Model
 from layerskip_kernels.measure import lens
 from layerskip_kernels.measure.costs import measure_costs
 from layerskip_kernels.ops import DecoderLayers, QuantizedWeight, quantize
 from layerskip_kernels.ops.decoder_stack import LINEARS
-
-PROMPTS = [[5, 9, 17, 3, 250, 11, 40], [7], [100, 101, 102] * 14]
-NEW = 24
-BACKENDS = [
-    name
-    for name in ("reference", "cpu")
-    if registry.why_not(name, "small_linear", torch.device("cpu"), torch.float32, quantized=True) is None
-]
 
 
 def decoder_of(model, backend, draft_layers, **options):
@@ -36,28 +28,7 @@ def model():
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_what_is_said_is_what_the_models_own_layers_say(model, backend_name, sampled):
-    options = dict(max_new_tokens=NEW, eos_token_id=[], output_logits=True)
-    if sampled:
-        options |= dict(sample=True, temperature=0.8, seed=[1, 2, 3])
-    own = decoder_of(model, backend_name, "shared", max_batch_size=2)
-    expected = {s: own.generate(PROMPTS, generation_strategy=s, **options) for s in ("autoregressive", "early_exit")}
-    for name in ("int8", "int4"):
-        decoder = decoder_of(model, backend_name, name, exit_layer=1, max_batch_size=2)
-        assert decoder.draft_layers == name and decoder.model.draft_layers
-        for strategy, exit_layer, drafts, more in (
-            ("autoregressive", 1, 0, {}),
-            ("early_exit", 1, 0, {}),
-            ("self_speculative", 1, 2, {}),
-            ("self_speculative", 3, 5, {}),
-            ("self_speculative", 2, 4, dict(draft_confidence=0.2, adaptive_speculations=True)),
-        ):
-            how = dict(generation_strategy=strategy, exit_layer=exit_layer, num_speculations=drafts, **more)
-            result = decoder.generate(PROMPTS, **options, **how)
-            same = expected["early_exit" if strategy == "early_exit" else "autoregressive"]
-            assert result.sequences == same.sequences, (name, how)
-            if backend_name != "reference":  # whose bits depend on how many rows there are
-                assert all(map(torch.equal, result.logits, same.logits)), (name, how)
-        assert result.stats.accepted > 0
+    assert_answers_stay(model, backend_name, "draft_layers", sampled)
 
 
 def test_drafts_are_those_of_the_copies(model):

@@ -1,5 +1,6 @@
 import re
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,10 +248,9 @@ def test_rejects_bad_values(backend, changes, message):
     assert_rejects(early_exit_cross_entropy, {**arguments(backend), **changes}, ValueError, message)
 
 
-def test_rejects_targets_beyond_the_vocabulary(backend):
-    if backend.device != "cpu":
-        pytest.skip("to look at targets is to wait for the GPU")
-    case = {**arguments(backend), "targets": torch.full((13,), 83)}
+def test_rejects_targets_beyond_the_vocabulary():
+    """On the CPU, whatever GPU there is: elsewhere the op does not look at them."""
+    case = {**arguments(SimpleNamespace(device="cpu")), "targets": torch.full((13,), 83)}
     message = r"targets\[0\]=83: choose 0..82 or ignore_index=-100$"
     assert_rejects(early_exit_cross_entropy, case, ValueError, message)
 

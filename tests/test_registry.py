@@ -68,42 +68,37 @@ def test_backends_without_kernels_or_code(install):
     )
 
 
-def test_a_folder_without_code_is_no_backend(tmp_path, monkeypatch):
+@pytest.fixture
+def other_triton(tmp_path, monkeypatch):
+    """Puts the module that is written to this folder under this name in the Triton backend's place."""
+
+    def put(name):
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setitem(registry._MODULES, "triton", name)
+        registry._backend.cache_clear()
+        return registry.why_not("triton", "swiglu", CPU, torch.float32)
+
+    yield put
+    registry._backend.cache_clear()
+
+
+def test_a_folder_without_code_is_no_backend(tmp_path, other_triton):
     """Python imports a leftover folder as an empty package."""
     (tmp_path / "leftover_backend").mkdir()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(registry._MODULES, "triton", "leftover_backend")
-    registry._backend.cache_clear()
-    try:
-        assert registry.why_not("triton", "swiglu", CPU, torch.float32) == "not part of this version yet"
-    finally:
-        registry._backend.cache_clear()
+    assert other_triton("leftover_backend") == "not part of this version yet"
 
 
-def test_a_missing_dependency_is_named(tmp_path, monkeypatch):
+def test_a_missing_dependency_is_named(tmp_path, other_triton):
     (tmp_path / "backend_needing_more.py").write_text("import a_missing_dependency\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(registry._MODULES, "triton", "backend_needing_more")
-    registry._backend.cache_clear()
-    try:
-        reason = registry.why_not("triton", "swiglu", CPU, torch.float32)
-        assert reason == "the package a_missing_dependency is not installed"
-    finally:
-        registry._backend.cache_clear()
+    assert other_triton("backend_needing_more") == "the package a_missing_dependency is not installed"
 
 
-def test_a_dependency_that_is_too_old_is_a_reason(tmp_path, monkeypatch):
+def test_a_dependency_that_is_too_old_is_a_reason(tmp_path, other_triton):
     """As Triton before 3.4, which has no `knobs`."""
     (tmp_path / "backend_ahead.py").write_text("from math import knobs\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(registry._MODULES, "triton", "backend_ahead")
-    registry._backend.cache_clear()
-    try:
-        reason = registry.why_not("triton", "swiglu", CPU, torch.float32)
-        assert reason.startswith("it can't be imported: cannot import name 'knobs' from 'math'")
-        assert {row.name: row.reason for row in lk.backends()}["triton"] == reason
-    finally:
-        registry._backend.cache_clear()
+    reason = other_triton("backend_ahead")
+    assert reason.startswith("it can't be imported: cannot import name 'knobs' from 'math'")
+    assert {row.name: row.reason for row in lk.backends()}["triton"] == reason
 
 
 # auto
