@@ -195,11 +195,31 @@ LK_INLINE void sum_all(const vf (&v)[kCount], float* out) {
   }
 }
 
+// How a tile asks for the memory that it fetches ahead. The core drops such a request when it has too many under way, and
+// tells nobody; asked for again a while later, it comes. Flags, beside the request itself:
+constexpr int kEarly = 1;       // one before it, when the memory is twice as far ahead
+constexpr int kAgain = 2;       // one 16 steps after it, or 8 if that is the third
+constexpr int kEveryOther = 4;  // for half of the rows at each step, by turns
+
+// Asks for one line of each row, those of the step at `ahead`; `lead` is how far ahead that is.
+template <int kFetch, int kRows, class T>
+LK_INLINE void fetch_ahead(const T* w, int64_t w_stride, int64_t ahead, int64_t lead, int64_t step, bool odd) {
+  constexpr int kEvery = kFetch & kEveryOther && kRows > 1 ? 2 : 1;
+  if constexpr (kEvery > 1) ahead += odd ? w_stride : 0;
+  // Distances from the rows' own addresses: these are in registers already.
+  const auto ask = [&](int64_t distance) __attribute__((always_inline)) {
+    LK_UNROLL for (int j = 0; j < kRows; j += kEvery) prefetch_l2(w + j * w_stride + distance);
+  };
+  if constexpr (kFetch & kEarly) ask(ahead + lead);
+  ask(ahead);
+  if constexpr (kFetch & kAgain) ask(ahead - (kFetch & kEarly ? 8 : 16) * step);
+}
+
 // totals[i][j] = dot product of weight row j (rows w_stride elements apart) and packed row i (x_stride apart): for every
 // tile size one vector accumulator per product, chunks in rising order, and then sum(). So the tile can't change a bit.
 // Meanwhile memory from `ahead` on is fetched into the second-level cache: after every kStep chunks `step` elements more,
 // of each row.
-template <class T, int kRows, int kCols, int kStep>
+template <class T, int kRows, int kCols, int kStep, int kFetch>
 LK_INLINE void dot_tile(const T* w, int64_t w_stride, const typename Dot<T>::X* x, int64_t x_stride, int64_t c,
                         int64_t ahead, int64_t step, float* totals, int64_t totals_stride) {
   using D = Dot<T>;
@@ -207,9 +227,10 @@ LK_INLINE void dot_tile(const T* w, int64_t w_stride, const typename Dot<T>::X* 
   LK_UNROLL for (int j = 0; j < kRows; ++j)
     LK_UNROLL for (int i = 0; i < kCols; ++i) sums[j][i] = zero();
   int64_t k = 0;
+  const int64_t lead = ahead;
 #pragma GCC unroll 1
   for (; k + kStep * D::kChunk <= c; ahead += step) {
-    LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(w + j * w_stride + ahead);
+    fetch_ahead<kFetch, kRows>(w, w_stride, ahead, lead, step, k / (kStep * D::kChunk) % 2);
     LK_UNROLL for (int i = 0; i < kStep; ++i, k += D::kChunk) add_chunk(sums, w + k, w_stride, x + k, x_stride);
   }
   if constexpr (kStep > 1)

@@ -10,6 +10,9 @@ namespace lk::LK_VARIANT {
 constexpr int kMaxCols = 4;             // x rows of a register tile
 constexpr int64_t kMaxPackedRows = 64;  // x rows per pass over the weights
 constexpr int64_t kTileRows = 24;       // a multiple of every tile's weight rows
+constexpr size_t kLine = 64;             // bytes of a cache line
+constexpr int64_t kShortRow = 1024;     // bytes; a model of rows no longer than this lies in the caches
+constexpr int64_t kLongRow = 4096;      // bytes; of rows from here on the processor fetches most by itself
 constexpr int64_t kAheadBytes = 4096;   // at least so far ahead are weights fetched: shorter takes less than the way there
 
 // Weight rows of a register tile with `cols` x rows. With one x row memory is what it waits for, and six rows read it faster
@@ -34,28 +37,47 @@ struct Totals {
   int64_t stride;
 };
 
-// Weight rows [n, n + kRows) against all x rows, cut into tiles of nearly equal width: kCols or one less. Each tile
-// fetches its share of the rows from `next` on. A single tile asks for every half line, though the other half comes
-// along: memory is what it waits for, and asking once was slower.
-template <class T, int kRows, int kCols>
-LK_INLINE void strip(const Product<T>& p, int64_t n, int64_t next, Totals out) {
+// One tile over the kRows weight rows from w on. A request at every chunk, also where that is half a line: memory is what it
+// waits for, and asking once for the line was slower.
+template <class T, int kRows, int kCols, int kFetch>
+LK_INLINE void strip_of_tile(const Product<T>& p, const T* w, int64_t ahead, Totals out) {
+  dot_tile<T, kRows, kCols, 1, kFetch>(w, p.w_stride, p.x, p.x_stride, p.c, ahead, Dot<T>::kChunk, out.data, out.stride);
+}
+
+// `tiles` tiles over the same, of kCols x rows or one less.
+template <class T, int kRows, int kCols, int kFetch>
+LK_INLINE void strip_of_tiles(const Product<T>& p, const T* w, int64_t tiles, int64_t ahead, Totals out) {
   constexpr int64_t kChunk = Dot<T>::kChunk;
-  constexpr int kLine = kChunk * sizeof(T) < 64 ? int(64 / (kChunk * sizeof(T))) : 1;  // chunks
-  const T* w = p.w + n * p.w_stride;
-  int64_t ahead = (next - n) * p.w_stride;
-  if (p.m == kCols)
-    return dot_tile<T, kRows, kCols, 1>(w, p.w_stride, p.x, p.x_stride, p.c, ahead, kChunk, out.data, out.stride);
-  const int64_t tiles = (p.m + kCols - 1) / kCols;
+  constexpr int kStep = kChunk * sizeof(T) < kLine ? int(kLine / (kChunk * sizeof(T))) : 1;  // chunks
   const int64_t narrow = tiles * kCols - p.m;
-  const int64_t share = p.c / tiles, step = kLine * kChunk / tiles;
+  const int64_t share = p.c / tiles, step = kStep * kChunk / tiles;
   int64_t row = 0;
   for (int64_t t = narrow; t < tiles; ++t, row += kCols, ahead += share)
-    dot_tile<T, kRows, kCols, kLine>(w, p.w_stride, p.x + row * p.x_stride, p.x_stride, p.c, ahead, step,
-                                     out.data + row * out.stride, out.stride);
+    dot_tile<T, kRows, kCols, kStep, kFetch>(w, p.w_stride, p.x + row * p.x_stride, p.x_stride, p.c, ahead, step,
+                                             out.data + row * out.stride, out.stride);
   if constexpr (kCols > 1)
     for (; row < p.m; row += kCols - 1, ahead += share)
-      dot_tile<T, kRows, kCols - 1, kLine>(w, p.w_stride, p.x + row * p.x_stride, p.x_stride, p.c, ahead, step,
-                                           out.data + row * out.stride, out.stride);
+      dot_tile<T, kRows, kCols - 1, kStep, kFetch>(w, p.w_stride, p.x + row * p.x_stride, p.x_stride, p.c, ahead,
+                                                   step, out.data + row * out.stride, out.stride);
+}
+
+// Weight rows [n, n + kRows) against all x rows, cut into tiles of nearly equal width: kCols or one less. Each fetches its
+// share of the rows from `next` on.
+template <class T, int kRows, int kCols>
+LK_INLINE void strip(const Product<T>& p, int64_t n, int64_t next, Totals out) {
+  const T* w = p.w + n * p.w_stride;
+  const int64_t ahead = (next - n) * p.w_stride;
+  if (p.m == kCols) {
+    const int64_t row_bytes = p.c * int64_t(sizeof(T));
+    if constexpr (Dot<T>::kChunk * sizeof(T) >= kLine) {
+      if (row_bytes <= kShortRow) return strip_of_tile<T, kRows, kCols, kEarly>(p, w, ahead, out);
+      if (row_bytes < kLongRow || kCols > 2) return strip_of_tile<T, kRows, kCols, kEarly | kAgain>(p, w, ahead, out);
+    }
+    return strip_of_tile<T, kRows, kCols, 0>(p, w, ahead, out);
+  }
+  const int64_t tiles = (p.m + kCols - 1) / kCols;
+  if (kCols == kMaxCols && tiles < 4) return strip_of_tiles<T, kRows, kCols, kAgain>(p, w, tiles, ahead, out);
+  strip_of_tiles<T, kRows, kCols, kAgain | kEveryOther>(p, w, tiles, ahead, out);
 }
 
 template <class T, int kCols>

@@ -42,7 +42,8 @@ LK_INLINE vf of_blocks(const float* row, int64_t blocks_per_group, int64_t block
 // Adds to the vectors sums[i * kTileRows + j] the products of weight row n + j and packed row m + i, over the span's
 // columns; what they add up to once all columns are done is the dot product. For every tile and span one vector per
 // product, blocks in rising order: neither can change a bit. Meanwhile values and scales `ahead` are fetched: of the
-// scales the processor by itself fetches too late.
+// scales the processor by itself fetches too late. Where memory is what a tile waits for, it asks for values twice or three
+// times, as some requests are dropped (see dot.h).
 template <int kBits, int kRows, int kCols>
 void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums_at) {
   constexpr int64_t kBytes = Stored<kBits>::kBytes;
@@ -72,7 +73,12 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums_at) {
     const int64_t complete = block + count <= whole ? count : whole - block;
 #pragma GCC unroll 1
     for (int64_t i = 0; i < complete; ++i, w += kBytes, x += s.x.m * kBlock) {
-      LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(w + j * s.w_stride + ahead.bytes);
+      const auto ask = [&](int64_t distance) __attribute__((always_inline)) {
+        LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(w + j * s.w_stride + distance);
+      };
+      if constexpr (kCols == 1 || (kCols == 2 && kRegisters >= 24)) ask(2 * ahead.bytes);
+      ask(ahead.bytes);
+      if constexpr (kCols == 1 && kBits == 8) ask(ahead.bytes - 8 * kBytes);
       add_block<kBits>(sums, w, s.w_stride, x,
                        reinterpret_cast<const float(*)[kCols][kWidth]>(&factors[0][0][i]));
     }
