@@ -57,19 +57,20 @@ struct Stored<4> {
   // q + 8.
   LK_MEMBER void unpack(const uint8_t* p, Words (&w)[kVectors]) {
 #if defined(LK_VARIANT_AVX512)
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const Unsigned v = Unsigned(_mm512_inserti64x4(_mm512_castsi256_si512(half), _mm256_srli_epi16(half, 4), 1));
+    const Unsigned v = Unsigned(_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
     w[0] = Words(v & 15);
-    w[1] = Words(v >> 8 & 15);
+    w[1] = Words(v >> 4);
+  }
+  static constexpr int64_t kRun = 32, kStep = 2;
 #else
     const Unsigned v = load_vector<Unsigned>(p);
     w[0] = Words(v & 15);
     w[1] = Words(v >> 4 & 15);
     w[2] = Words(v >> 8 & 15);
     w[3] = Words(v >> 12);
-#endif
   }
   static constexpr int64_t kRun = 16, kStep = 4;
+#endif
 };
 
 // Products of 16-bit lanes, those of a pair added.
