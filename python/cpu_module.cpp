@@ -19,7 +19,7 @@ void rms_norm(Address x, int64_t x_stride, Address weight, Address residual, int
 }
 
 // weights: data, stride, n, bias, out, out_stride of each weight in turn. quantization: empty, or bits, group, scale,
-// scale_stride, offset, offset_stride of each.
+// scale_stride, scale_dtype, offset, offset_stride of each.
 void small_linear(Address x, int64_t x_stride, int64_t m, int64_t c, const py::tuple& weights, Address norm_weight,
                   float norm_eps, Address residual, int64_t residual_stride, int dtype, int num_threads,
                   const py::tuple& quantization) {
@@ -56,7 +56,7 @@ int64_t quantize(Address weight, int64_t weight_stride, int64_t bits, int64_t gr
                  Address error, Address norm, int64_t n, int64_t c, int dtype, int num_threads) {
   int64_t bad_row;
   py::gil_scoped_release release;
-  lk::quantize({pointer(weight), weight_stride, bits, group, pointer<uint8_t>(values), pointer<float>(scale),
+  lk::quantize({pointer(weight), weight_stride, bits, group, pointer<uint8_t>(values), pointer<lk::bf16>(scale),
                 pointer<float>(error), pointer<float>(norm), &bad_row, n, c, lk::DType(dtype), num_threads});
   return bad_row;
 }

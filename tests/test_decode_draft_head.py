@@ -123,7 +123,7 @@ def test_its_size_is_said(model):
     decoder = decoder_of(model, "reference", "int8", exit_layer=1)
     assert repr(decoder).endswith("num_speculations=3, draft_head=int8 of 0.0 MiB)")
     assert "bfloat16 on cpu" in repr(decoder)
-    assert decoder.model.draft_screen.nbytes == 262 * 64 + 262 * 4
+    assert decoder.model.draft_screen.nbytes == 262 * 64 + 262 * 2
 
 
 @pytest.mark.parametrize("value", ["int2", None, 8, torch.zeros(2)])
@@ -161,7 +161,7 @@ def test_both_copies_are_one(model):
     decoder = decoder_of(model, "reference", "int8", head_screen="int8", exit_layer=2)
     assert decoder.model.draft_screen.weight is decoder.model.screen.weight and decoder.model.draft_screen.error is None
     assert repr(decoder).endswith("draft_head=int8 of 0.0 MiB, head_screen=int8 of 0.0 MiB)")
-    copy = 262 * 64 + 262 * 4
+    copy = 262 * 64 + 262 * 2
     assert decoder.model.head_bytes() == copy + 262 * 4 and decoder.model.head_bytes(drafts=True) == copy
     shares = (decoder.model.layer_bytes(0, 2) + copy) / (decoder.model.layer_bytes(0, 4) + copy + 262 * 4)
     assert decoder.model.draft_share(2) == pytest.approx(shares)

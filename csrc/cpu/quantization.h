@@ -9,11 +9,12 @@ namespace lk {
 
 // Eight bytes a field: Python passes some as an array of int64.
 struct Quantization {
-  int64_t bits;        // 0: the weight is stored in the call's dtype, and nothing else here matters
-  int64_t group;       // a multiple of 64
-  const float* scale;  // [n, ceil(c / group)], rows scale_stride elements apart
+  int64_t bits;       // 0: the weight is stored in the call's dtype, and nothing else here matters
+  int64_t group;      // a multiple of 64
+  const void* scale;  // [n, ceil(c / group)] of scale_dtype, rows scale_stride elements apart
   int64_t scale_stride;
-  const float* offset;  // as scale, or null
+  int64_t scale_dtype;  // a DType: f32 or bf16
+  const float* offset;  // as scale, in float, or null
   int64_t offset_stride;
 };
 

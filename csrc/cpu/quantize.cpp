@@ -80,18 +80,18 @@ template <int kBits, bool kMeasured, class T>
 bool quantize_row(const QuantizeArgs& a, int64_t row) {
   const T* w = static_cast<const T*>(a.weight) + row * a.weight_stride;
   const int64_t groups = (a.c + a.group - 1) / a.group;
-  float* scale = a.scale + row * groups;
+  bf16* scale = a.scale + row * groups;
   auto width = [&](int64_t group) { return a.c - group * a.group < a.group ? a.c - group * a.group : a.group; };
   vf none = zero();
   for (int64_t i = 0; i < groups; ++i) {
     const float largest = extreme(w + i * a.group, width(i), &none);
-    scale[i] = kBits == 8 ? __builtin_fabsf(largest) / 127 : largest / -8;
+    scale[i] = from_float<bf16>(kBits == 8 ? __builtin_fabsf(largest) / 127 : largest / -8);
   }
   if (sum(none) != 0) return false;
   Squares squares;
   uint8_t* values = a.values + row * a.c * kBits / 8;
   for (int64_t i = 0; i < groups; ++i)
-    round_group<kBits, kMeasured>(w + i * a.group, width(i), scale[i], values + i * a.group * kBits / 8, &squares);
+    round_group<kBits, kMeasured>(w + i * a.group, width(i), to_float(scale[i]), values + i * a.group * kBits / 8, &squares);
   if (a.error) a.error[row] = float(__builtin_sqrt(squares.error));
   if (a.norm) a.norm[row] = float(__builtin_sqrt(squares.norm));
   return true;

@@ -22,19 +22,22 @@ struct Span {
   int64_t first, last;
 };
 
-// How far ahead memory is fetched: bytes of values, and scales.
+// How far ahead memory is fetched: bytes of values, and of scales.
 struct Ahead {
-  int64_t bytes, scales;
+  int64_t bytes, scale_bytes;
 };
 
-// The scales (or offsets) of kWidth blocks from `block` on; zero from `last` on.
-LK_INLINE vf of_blocks(const float* row, int64_t blocks_per_group, int64_t block, int64_t count) {
+LK_INLINE int64_t scale_size(const Quantization& q) { return int64_t(size_of(DType(q.scale_dtype))); }
+
+// The scales (or offsets) of kWidth blocks from `block` on; zero from `count` of them on.
+template <class T>
+LK_INLINE vf of_blocks(const T* row, int64_t blocks_per_group, int64_t block, int64_t count) {
   if (blocks_per_group == 1) return count < kWidth ? load(row + block, count) : load(row + block);
   alignas(64) float values[kWidth] = {};
   int64_t group = block / blocks_per_group, left = blocks_per_group - block % blocks_per_group;
   for (int64_t i = 0; i < count; ++i, --left) {
     if (left == 0) ++group, left = blocks_per_group;
-    values[i] = row[group];
+    values[i] = to_float(row[group]);
   }
   return load(values);
 }
@@ -47,7 +50,7 @@ LK_INLINE vf of_blocks(const float* row, int64_t blocks_per_group, int64_t block
 template <int kBits, int kRows, int kCols>
 void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums_at) {
   constexpr int64_t kBytes = Stored<kBits>::kBytes;
-  const int64_t per_group = s.q.group / kBlock, whole = s.x.c / kBlock;
+  const int64_t per_group = s.q.group / kBlock, whole = s.x.c / kBlock, size = scale_size(s.q);
   const uint8_t* w = s.w + n * s.w_stride + s.first * kBytes;
   const int16_t* x = s.x.words_of(s.first, m);
   vf sums[kRows][kCols];
@@ -58,9 +61,10 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums_at) {
     const int64_t count = s.last - block < kWidth ? s.last - block : kWidth;
     alignas(64) float factors[kRows][kCols][kWidth];
     LK_UNROLL for (int j = 0; j < kRows; ++j) {
-      const float* scales = s.q.scale + (n + j) * s.q.scale_stride;
-      prefetch_l2(scales + block / per_group + ahead.scales);
-      const vf scale = of_blocks(scales, per_group, block, count);
+      const char* scales = static_cast<const char*>(s.q.scale) + (n + j) * s.q.scale_stride * size;
+      prefetch_l2(scales + block / per_group * size + ahead.scale_bytes);
+      const vf scale = size == sizeof(bf16) ? of_blocks(reinterpret_cast<const bf16*>(scales), per_group, block, count)
+                                            : of_blocks(reinterpret_cast<const float*>(scales), per_group, block, count);
       vf shift = kBits == 4 ? mul(scale, set1(-8)) : zero();
       if (s.q.offset)
         shift = add(shift, of_blocks(s.q.offset + (n + j) * s.q.offset_stride, per_group, block, count));
@@ -127,10 +131,10 @@ void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, T
       if (last < blocks) return (lead - count) * stride + span;
       return n + lead < w.n ? lead * stride - before : 0;
     };
-    const int64_t per_group = w.quantization.group / kBlock;
+    const int64_t per_group = w.quantization.group / kBlock, size = scale_size(w.quantization);
     auto ahead = [&](int64_t n) {
       return Ahead{distance(n, w.stride, first * Stored<kBits>::kBytes, step * Stored<kBits>::kBytes),
-                   distance(n, w.quantization.scale_stride, first / per_group, step / per_group)};
+                   distance(n, w.quantization.scale_stride, first / per_group, step / per_group) * size};
     };
     int64_t n = begin;
     for (; n + kRows <= end; n += kRows) strip<kBits, kRows, kCols>(span, n, ahead(n), sums + (n - begin));

@@ -122,7 +122,7 @@ class SelfSpeculativeDecoder:
             backend: "auto", "cuda", "triton", "cpu" or "reference"; an explicit choice raises when it can't run.
             max_batch_size: sequences decoded together; further prompts wait for a free cache slot.
             max_length: prompt plus new tokens of a sequence, at most. None: as many as each call asks for.
-            quantization: "int8" or "int4" (8.5 and 4.5 bits per weight): linears are quantized while loading, the LM
+            quantization: "int8" or "int4" (8.25 and 4.25 bits per weight): linears are quantized while loading, the LM
                 head to 8 bits either way. Norms, biases and the embedding table stay as they are. On the CPU only.
                 None: as stored, where torchao's weight-only int8 and int4 stay what they are, too.
             draft_layers: the layers that draft. "shared": the model's own, whose hidden states verification goes on

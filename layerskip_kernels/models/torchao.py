@@ -116,7 +116,9 @@ def _convert(
     for part, tensor in (("scales", scale), ("zero points", zero_point)):
         if tensor is not None and tensor.numel() != shape[0] * shape[1]:
             raise refused(f"stored with {part} of shape {list(tensor.shape)} where [{shape[0]}, {shape[1]}] is due")
-    scale = scale.detach().float().reshape(shape).contiguous()
+    scale = scale.detach().reshape(shape).contiguous()
+    if scale.dtype != torch.bfloat16:
+        scale = scale.float()
     offset = None
     if zero_point is not None and zero_point.any():
         offset = zero_point.detach().float().reshape(shape).mul(-1).mul_(scale)

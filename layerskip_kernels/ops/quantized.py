@@ -22,9 +22,9 @@ class QuantizedWeight(NamedTuple):
     """
 
     values: torch.Tensor  # int8 [N, C]; or uint8 [N, C / 2]: column 2i in byte i's low nibble, 2i + 1 above, q + 8
-    scale: torch.Tensor  # float32 [N, ceil(C / group)]
+    scale: torch.Tensor  # bfloat16, or float32, [N, ceil(C / group)]
     group: int  # columns that share a scale: a multiple of 64; the last group may be short
-    offset: torch.Tensor | None = None  # float32, as scale: of formats with a zero point
+    offset: torch.Tensor | None = None  # float32, shape of scale: of formats with a zero point
 
     @property
     def bits(self) -> int:
@@ -51,7 +51,7 @@ def quantize(
     error: torch.Tensor | None = None,
     norm: torch.Tensor | None = None,
 ) -> QuantizedWeight:
-    """Symmetric rounding to nearest, the scale from each group's largest magnitude.
+    """Symmetric rounding to nearest, the scale, in bfloat16, from each group's largest magnitude.
 
     8 bits: ``scale = max|w| / 127``. 4 bits: the value of largest magnitude becomes -8 (so a scale may be negative) and
     what would be 8 becomes 7, as in llama.cpp's Q4_0. On the CPU the bits are the same on every backend.
@@ -94,7 +94,7 @@ def unset(weight: torch.Tensor, bits: int, group: int) -> QuantizedWeight:
     """Memory for `weight` in `bits`, contents undefined."""
     rows, width = weight.shape
     values = memory.empty((rows, width * bits // 8), torch.int8 if bits == 8 else torch.uint8, weight.device)
-    return QuantizedWeight(values, weight.new_empty(rows, -(-width // group), dtype=torch.float32), group)
+    return QuantizedWeight(values, weight.new_empty(rows, -(-width // group), dtype=torch.bfloat16), group)
 
 
 def not_finite(row: int) -> ValueError:
@@ -151,7 +151,7 @@ def check_weight(
         wanted = ", ".join("*" if s is None else str(s) for s in shape)
         raise ValueError(f"{name}.values: {weight.bits} bits, a weight of shape [{rows}, {width}], expected [{wanted}]")
     groups = (rows, -(-width // weight.group))
-    _check.tensor(f"{name}.scale", weight.scale, groups, dtype=torch.float32, like=weight.values)
+    _check.tensor(f"{name}.scale", weight.scale, groups, dtype=(torch.bfloat16, torch.float32), like=weight.values)
     _check.optional(f"{name}.offset", weight.offset, groups, dtype=torch.float32, like=weight.values)
 
 

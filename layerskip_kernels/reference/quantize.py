@@ -21,6 +21,7 @@ def quantize(weight, bits, group=BLOCK, *, error=None, norm=None):
             step = w.abs().amax(2) / 127
         else:
             step = w.gather(2, w.abs().argmax(2, keepdim=True))[..., 0] / -8
+        step = step.to(torch.bfloat16).float()
         # The smallest numbers have a step so coarse that more than a rounding lies beyond the limits.
         q = (w / torch.where(step == 0, 1, step)[..., None]).round_().clamp_(*_LIMITS[bits])
         if error is not None:

@@ -59,18 +59,22 @@ Buffer<T> random_buffer(int64_t n, uint64_t seed, float scale = 1, float shift =
   return buffer;
 }
 
-// A weight [n, c] in 8 or 4 bits with rows that lie apart, scale and offset.
+// A weight [n, c] in 8 or 4 bits with rows that lie apart; its scale in bfloat16, or in float beside an offset.
 struct Quantized {
   int64_t stride, groups;
   Buffer<uint8_t> values;
   Buffer<float> scale, offset;
+  Buffer<lk::bf16> narrow;
   lk::Quantization format;
 
   Quantized(int64_t n, int64_t c, int64_t bits, int64_t group, bool with_offset, uint64_t seed)
       : stride(c * bits / 8 + 3), groups((c + group - 1) / group),
         values(n ? (n - 1) * stride + c * bits / 8 : 0),
         scale(random_buffer<float>(n * groups, seed, 0.01f)), offset(random_buffer<float>(n * groups, seed + 1, 0.01f)),
-        format{bits, group, scale, groups, with_offset ? offset.data.get() : nullptr, groups} {
+        narrow(random_buffer<lk::bf16>(n * groups, seed, 0.01f)),
+        format{bits, group, narrow, groups, int64_t(lk::DType::bf16), nullptr, groups} {
+    if (with_offset)
+      format.scale = scale, format.scale_dtype = int64_t(lk::DType::f32), format.offset = offset;
     Random random(seed + 2);
     for (int64_t i = 0; i < values.size; ++i) values[i] = uint8_t(random.bits());
   }

@@ -57,7 +57,7 @@ def decoder_stack(
     )
 
 
-_NOT_QUANTIZED = (0,) * 6
+_NOT_QUANTIZED = (0,) * 7
 
 
 def _pack(layers: DecoderLayers) -> tuple[int, array, list[Tensor]]:

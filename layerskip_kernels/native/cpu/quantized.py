@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from layerskip_kernels.native.tensor import address
+from layerskip_kernels.native.tensor import address, dtype_code
 from layerskip_kernels.ops.quantized import QuantizedWeight
 
 
@@ -16,6 +16,7 @@ def quantization(weight: Tensor | QuantizedWeight, name: str) -> tuple[int, ...]
         group,
         address(scale, f"{name}.scale", "cpu"),
         scale.stride(0),
+        dtype_code(scale, f"{name}.scale"),
         0 if offset is None else address(offset, f"{name}.offset", "cpu"),
         0 if offset is None else offset.stride(0),
     )
