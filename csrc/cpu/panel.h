@@ -10,9 +10,8 @@ namespace lk::LK_VARIANT {
 constexpr int kMaxCols = 4;             // x rows of a register tile
 constexpr int64_t kMaxPackedRows = 64;  // x rows per pass over the weights
 constexpr int64_t kTileRows = 24;       // a multiple of every tile's weight rows
-constexpr size_t kLine = 64;             // bytes of a cache line
+constexpr size_t kLine = 64;            // bytes of a cache line
 constexpr int64_t kShortRow = 1024;     // bytes; a model of rows no longer than this lies in the caches
-constexpr int64_t kLongRow = 4096;      // bytes; of rows from here on the processor fetches most by itself
 constexpr int64_t kAheadBytes = 4096;   // at least so far ahead are weights fetched: shorter takes less than the way there
 
 // Weight rows of a register tile with `cols` x rows. With one x row memory is what it waits for, and six rows read it faster
@@ -68,12 +67,12 @@ LK_INLINE void strip(const Product<T>& p, int64_t n, int64_t next, Totals out) {
   const T* w = p.w + n * p.w_stride;
   const int64_t ahead = (next - n) * p.w_stride;
   if (p.m == kCols) {
-    const int64_t row_bytes = p.c * int64_t(sizeof(T));
     if constexpr (Dot<T>::kChunk * sizeof(T) >= kLine) {
-      if (row_bytes <= kShortRow) return strip_of_tile<T, kRows, kCols, kEarly>(p, w, ahead, out);
-      if (row_bytes < kLongRow || kCols > 2) return strip_of_tile<T, kRows, kCols, kEarly | kAgain>(p, w, ahead, out);
+      if (p.c * int64_t(sizeof(T)) <= kShortRow) return strip_of_tile<T, kRows, kCols, kEarly>(p, w, ahead, out);
+      return strip_of_tile<T, kRows, kCols, kEarly | kAgain>(p, w, ahead, out);
+    } else {
+      return strip_of_tile<T, kRows, kCols, 0>(p, w, ahead, out);
     }
-    return strip_of_tile<T, kRows, kCols, 0>(p, w, ahead, out);
   }
   const int64_t tiles = (p.m + kCols - 1) / kCols;
   if (kCols == kMaxCols && tiles < 4) return strip_of_tiles<T, kRows, kCols, kAgain>(p, w, tiles, ahead, out);

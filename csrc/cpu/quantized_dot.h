@@ -2,7 +2,7 @@
 //
 // Both are 16-bit integers there; their products are summed exactly, in int32: x is at most 2^15 and a weight 2^7 in
 // magnitude, a vector lane sums at most 8 products, so 2^25. x lies in the order in which the weights come apart: 8 bits
-// widen while they are loaded, 4 bits take shifts and masks, and no permutation.
+// widen while they are loaded, 4 bits take shifts and masks besides, and no permutation.
 #pragma once
 
 #include "cpu/dot.h"
