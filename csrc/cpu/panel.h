@@ -61,7 +61,7 @@ LK_INLINE void strip_of_tiles(const Product<T>& p, const T* w, int64_t tiles, in
 }
 
 // Weight rows [n, n + kRows) against all x rows, cut into tiles of nearly equal width: kCols or one less. Each fetches its
-// share of the rows from `next` on.
+// share of the rows from `next` on. Which requests pay was measured (benchmarks/NOTES.md, "Prefetches are dropped").
 template <class T, int kRows, int kCols>
 LK_INLINE void strip(const Product<T>& p, int64_t n, int64_t next, Totals out) {
   const T* w = p.w + n * p.w_stride;
