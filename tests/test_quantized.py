@@ -30,7 +30,7 @@ def test_every_value_is_the_nearest_its_group_has(dtype, width, group, bits):
         w, scale = weight[:, columns].float(), quantized.scale[:, i : i + 1]
         step = w.abs().amax(1, keepdim=True) / (127 if bits == 8 else 8)
         assert torch.equal(scale.abs(), step.to(torch.bfloat16))
-        # With 4 bits there is no +8: of what lies beyond 7 steps up to one is lost, a little more as the step is rounded.
+        # With 4 bits there is no +8: of what lies beyond 7 steps up to one is lost, and a rounding's worth more.
         clipped = (bits == 4) & (w / scale > 7)
         assert (error[:, columns] <= scale.abs() * torch.where(clipped, 1.02, 0.5) * (1 + 1e-5)).all()
 
