@@ -92,6 +92,9 @@ EMULATED __m512i widen_u16(__m256i x) {
 EMULATED __m512i widen_i8(__m256i x) {
   return join<__m512i>(_mm256_cvtepi8_epi16(half<__m128i>(x, 0)), _mm256_cvtepi8_epi16(half<__m128i>(x, 1)));
 }
+EMULATED __m512i widen_u8(__m256i x) {
+  return join<__m512i>(_mm256_cvtepu8_epi16(half<__m128i>(x, 0)), _mm256_cvtepu8_epi16(half<__m128i>(x, 1)));
+}
 template <int kRounding>
 EMULATED __m512 round(__m512 x) {
   return join<__m512>(_mm256_round_ps(half<__m256>(x, 0), kRounding), _mm256_round_ps(half<__m256>(x, 1), kRounding));
@@ -163,8 +166,6 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_cmp_ps_mask(a, b, predicate) emulated::compare<predicate>(a, b)
 #define _mm512_mask_mov_ps(a, mask, b) emulated::blend<__m512>(a, mask, b)
 #define _mm512_mask_mov_epi32(a, mask, b) emulated::blend<__m512i>(a, mask, b)
-#define _mm512_castsi256_si512(x) emulated::join<__m512i>(x, x)
-#define _mm512_inserti64x4(a, b, which) emulated::join<__m512i>(emulated::half<__m256i>(a, 0), b)  // which: 1
 #define _mm512_madd_epi16(a, b) emulated::multiply_pairs(a, b)
 #define _mm512_dpwssd_epi32(sums, a, b) _mm512_add_epi32(sums, emulated::multiply_pairs(a, b))
 #define _mm512_and_si512(a, b) ((__m512i)((a) & (b)))
@@ -177,6 +178,7 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_cvtepi32_ps(x) emulated::from_int(x)
 #define _mm512_cvtepu16_epi32(x) emulated::widen_u16(x)
 #define _mm512_cvtepi8_epi16(x) emulated::widen_i8(x)
+#define _mm512_cvtepu8_epi16(x) emulated::widen_u8(x)
 #define _mm512_cvtepi32_epi16(x) emulated::low_halves(x)
 #define _mm512_cvtph_ps(x) emulated::from_half(x)
 #define _mm512_cvtps_ph(x, how) emulated::to_half<how>(x)
