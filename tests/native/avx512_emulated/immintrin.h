@@ -147,7 +147,6 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #undef _mm512_extractf32x8_ps
 #undef _mm512_roundscale_ps
 #undef _mm512_cvtps_ph
-#undef _mm512_inserti64x4
 #define _mm512_setzero_ps() (__m512{})
 #define _mm512_set1_ps(x) emulated::set1(float(x))
 #define _mm512_set1_epi32(x) ((__m512i)emulated::set1(int(x)))
