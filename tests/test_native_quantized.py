@@ -14,6 +14,7 @@ from layerskip_kernels.native import _cpu
 from layerskip_kernels.native.cpu import OPS
 from layerskip_kernels.ops import DecoderLayers, QuantizedWeight, quantize
 from layerskip_kernels.ops.decoder_stack import LINEARS
+from layerskip_kernels.ops.quantized import stored
 from layerskip_kernels.reference.decoder_stack import compose
 
 VARIANTS = [name for name in _cpu.build_info()["variants"] if not _cpu.why_variant_unsupported(name)]
@@ -50,7 +51,7 @@ def apart(weight):
 
 @pytest.mark.parametrize(
     ("rows", "outputs", "width", "group"),
-    [(1, 1, 2, 64), (5, 33, 770, 128), (9, 101, 30, 64), (66, 12, 100, 64), (3, 26, 5126, 192), (17, 50, 2048, 2048)],
+    [(1, 1, 2, 64), (5, 33, 770, 128), (9, 101, 30, 64), (66, 12, 100, 64), (3, 26, 5126, 192), (17, 50, 2048, 2048), (6, 29, 2046, 64)],
 )
 @BITS
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
@@ -69,25 +70,25 @@ def test_small_linear_matches_the_reference(dtype, bits, rows, outputs, width, g
 def test_whole_numbers_are_exact(dtype, bits):
     inputs = Inputs("cpu", dtype)
     x, b = inputs.integers(-2, 3, 5, 202), inputs.integers(-3, 4, 37)
-    stored = torch.randint(-2, 3, (37, 202), generator=inputs.generator)
-    values = stored.to(torch.int8) if bits == 8 else ((stored[:, ::2] + 8) | (stored[:, 1::2] + 8) << 4).to(torch.uint8)
+    q = torch.randint(-2, 3, (37, 202), generator=inputs.generator)
     scale = torch.randint(-2, 3, (37, 2), generator=inputs.generator).float()
     offset = torch.randint(-1, 2, (37, 2), generator=inputs.generator).float()
-    exact = stored.double() * scale.double().repeat_interleave(128, 1)[:, :202]
+    exact = q.double() * scale.double().repeat_interleave(128, 1)[:, :202]
     exact += offset.double().repeat_interleave(128, 1)[:, :202]
-    weight = QuantizedWeight(values, scale, 128, offset)
+    weight = QuantizedWeight(stored(q.to(torch.int8), bits), scale, 128, offset)
     assert torch.equal(small_linear(x, weight, bias=b), (x.double() @ exact.T + b.double()).to(dtype))
 
 
 def test_the_largest_products_do_not_overflow():
-    """-128, which quantize() never gives, times the largest a block holds, 64 times over."""
+    """-128, which quantize() never gives, times the largest a lane holds, 64 times over."""
     for value in (1.999999, -1.999999):
-        x = torch.full((3, 130), value)
-        weight = QuantizedWeight(torch.full((5, 130), -128, dtype=torch.int8), torch.ones(5, 3), 64)
-        torch.testing.assert_close(small_linear(x, weight), torch.full((3, 5), -128 * 130 * value), rtol=1e-4, atol=0)
+        x = torch.full((3, 1090), value)
+        weight = QuantizedWeight(torch.full((5, 1090), -128, dtype=torch.int8), torch.ones(5, 18), 64)
+        expected = torch.full((3, 5), -128 * 1090 * value)
+        torch.testing.assert_close(small_linear(x, weight), expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("width", [64, 770, 1090])
+@pytest.mark.parametrize("width", [64, 770, 1090, 2112])
 @BITS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 def test_a_row_depends_on_itself_alone(dtype, bits, width):

@@ -7,7 +7,7 @@ from op_inputs import FLOATS, Inputs, assert_rejects, dtype_name, strided
 
 from layerskip_kernels import registry, use_backend
 from layerskip_kernels.ops import DecoderLayers, QuantizedWeight, dequantize, exit_head, quantize, small_linear
-from layerskip_kernels.ops.quantized import unpacked
+from layerskip_kernels.ops.quantized import numbers, stored
 from layerskip_kernels.reference.quantized import product, rounded
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
@@ -36,13 +36,38 @@ def test_every_value_is_the_nearest_its_group_has(dtype, width, group, bits):
 
 
 def test_bits_of_a_value():
-    """Columns 2i and 2i + 1 in the low and the high nibble of byte i, 8 added."""
+    """One block: columns 2i and 2i + 1 in the low and the high nibble of byte i, 8 added."""
     q = torch.arange(16).repeat(1, 4) - 8
     quantized = quantize(q.float(), 4)
     assert torch.equal(quantized.scale, torch.ones(1, 1))
     assert quantized.values[0, :8].tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
     assert torch.equal(dequantize(quantized), q.float())
     assert quantize(q.float() * 127 / 8, 8).values[0, :3].tolist() == [-127, -111, -95]
+
+
+@BITS
+@pytest.mark.parametrize("width", [2, 64, 130, 192, 576, 1024, 1090, 3070])
+def test_order_of_columns(width, bits):
+    """As csrc/cpu/quantization.h has it, column by column."""
+    q = Inputs("cpu").integers(-8, 8, 3, width).to(torch.int8)
+    values = stored(q, bits)
+    assert torch.equal(numbers(values), q)
+    whole, first = width // 64, 0
+    while first < width:
+        left = whole - first // 64
+        blocks = 16 if left >= 16 else next((n for n in (8, 4, 2, 1) if n <= left), 0)
+        for column in range(first, min(first + max(blocks, 1) * 64, width)):
+            lane, within = divmod(column - first, 4 * max(blocks, 1))
+            step, place = divmod(within, 4)
+            if bits == 8:
+                got = values[:, first + step * 64 + lane * 4 + place]
+            elif blocks > 1:
+                byte = values[:, first // 2 + step // 2 * 64 + lane * 4 + place]
+                got = (byte >> step % 2 * 4 & 15).to(torch.int8) - 8
+            else:
+                got = (values[:, column // 2] >> column % 2 * 4 & 15).to(torch.int8) - 8
+            assert torch.equal(got, q[:, column]), column
+        first += max(blocks, 1) * 64
 
 
 @BITS
@@ -63,7 +88,7 @@ def test_steps_too_coarse_for_their_group(bits):
     weight = most * torch.linspace(-1, 0.9, 64)
     quantized = quantize(torch.cat((weight, -weight)), bits)
     assert ((dequantize(quantized) - torch.cat((weight, -weight))).abs() <= 64 * smallest).all()
-    q = quantized.values if bits == 8 else unpacked(quantized.values)
+    q = numbers(quantized.values)
     assert q.abs().max() == (127 if bits == 8 else 8)
 
 
@@ -84,11 +109,9 @@ def test_norms_of_rows_and_of_what_they_lose(bits, name):
 def test_offset_and_other_dtypes():
     """w = scale · q + offset, group by group, the last one short."""
     inputs = Inputs("cpu")
-    values = inputs.integers(0, 256, 3, 65).to(torch.uint8)
+    q = inputs.integers(-8, 8, 3, 130).to(torch.int8)
     scale, offset = inputs.randn(3, 2), inputs.randn(3, 2)
-    quantized = QuantizedWeight(values, scale, 128, offset)
-    low, high = (values & 15).float() - 8, (values >> 4).float() - 8
-    q = torch.stack((low, high), 2).view(3, 130)
+    quantized = QuantizedWeight(stored(q, 4), scale, 128, offset)
     group = torch.arange(130) // 128
     assert torch.equal(dequantize(quantized), q * scale[:, group] + offset[:, group])
     assert dequantize(quantized, torch.bfloat16).dtype == torch.bfloat16

@@ -246,7 +246,7 @@ void run(const ExitHeadArgs& a, const MakeRows& rows) {
     const int64_t m = a.n - first < kMaxPackedRows ? a.n - first : kMaxPackedRows;
     std::atomic<bool> certain{screened};
     if (screened) {
-      const Pass<T> pass = read<T>(a, screen, true, first, QuantizedRows(m, a.c, a.screen.quantization.bits));
+      const Pass<T> pass = read<T>(a, screen, true, first, QuantizedRows(m, a.c));
       auto exact = rows(m, Workspace::head_x);
       for (int64_t row = 0; row < m; ++row) exact.pack(row, pass.normed + row * a.c);
       auto choose = [&](int64_t row) {
@@ -264,7 +264,7 @@ void run(const ExitHeadArgs& a, const MakeRows& rows) {
 template <class T>
 void run(const ExitHeadArgs& a) {
   if (a.quantization.bits)
-    run<T>(a, [&](int64_t m, Workspace use) { return QuantizedRows(m, a.c, a.quantization.bits, use); });
+    run<T>(a, [&](int64_t m, Workspace use) { return QuantizedRows(m, a.c, use); });
   else
     run<T>(a, [&](int64_t m, Workspace use) { return DenseRows<T>(m, a.c, use); });
 }

@@ -118,7 +118,6 @@ struct DenseRows {
     const Product<T> product{static_cast<const T*>(w.data), w.stride, data, stride, m, c};
     lk::LK_VARIANT::panel(product, begin, end, w.n, out);
   }
-  int64_t bytes_of_row() const { return (c + 1) * int64_t(sizeof(T)); }
 };
 
 }  // namespace lk::LK_VARIANT

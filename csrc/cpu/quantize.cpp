@@ -2,6 +2,7 @@
 
 #include "cpu/ops.h"
 #include "cpu/quantized_dot.h"
+#include "cpu/quantized_unit.h"
 #include "cpu/thread_pool.h"
 
 namespace lk::LK_VARIANT {
@@ -27,15 +28,29 @@ LK_INLINE float extreme(const T* w, int64_t count, vf* none) {
   return 0;
 }
 
-// Columns [0, count) of a block; memory for all of them may not be there.
+// A block's columns to where its unit has them. The block is whole, or what is left of a row.
 template <int kBits>
-LK_INLINE void write(const int32_t (&q)[kBlock], int64_t count, uint8_t* values) {
-  alignas(64) uint8_t bytes[kBlock * kBits / 8];
-  if constexpr (kBits == 8)
-    for (int64_t i = 0; i < kBlock; ++i) bytes[i] = uint8_t(q[i]);
-  else
-    for (int64_t i = 0; i < kBlock / 2; ++i) bytes[i] = uint8_t((q[2 * i] + 8) | (q[2 * i + 1] + 8) << 4);
-  memcpy(values, bytes, size_t(count * kBits / 8));
+LK_INLINE void write(const int32_t (&q)[kBlock], const Unit& unit, int64_t block, int64_t count, uint8_t* row) {
+  constexpr int64_t kBytes = kBlock * kBits / 8;
+  alignas(64) uint8_t bytes[kBlock];
+  if (unit.blocks == 1) {
+    if constexpr (kBits == 8)
+      for (int64_t i = 0; i < kBlock; ++i) bytes[i] = uint8_t(q[i]);
+    else
+      for (int64_t i = 0; i < kBlock / 2; ++i) bytes[i] = uint8_t((q[2 * i] + 8) | (q[2 * i + 1] + 8) << 4);
+    memcpy(row + block * kBytes, bytes, size_t(count * kBits / 8));
+    return;
+  }
+  constexpr int64_t kSteps = 8 / kBits;  // in a byte
+  for (int64_t i = 0; i < kBlock; ++i) bytes[i] = uint8_t(kBits == 8 ? q[i] : q[i] + 8);
+  for (int64_t i = 0; i < kBlock / 4; i += kSteps) {
+    const Place place = place_of(unit, block, i);
+    uint32_t four, next;
+    memcpy(&four, bytes + 4 * i, 4);
+    memcpy(&next, bytes + 4 * (i + kSteps - 1), 4);
+    if (kBits == 4) four |= next << 4;
+    memcpy(row + unit.first * kBytes + (place.step / kSteps * kLanes + place.lane) * 4, &four, 4);
+  }
 }
 
 // Sums of squares, in double so that neither the smallest nor the largest numbers lose theirs.
@@ -43,8 +58,9 @@ struct Squares {
   double error = 0, norm = 0;
 };
 
+// Columns [0, count) of a group whose first block is `first` of the row's `whole` whole ones.
 template <int kBits, bool kMeasured, class T>
-void round_group(const T* w, int64_t count, float step, uint8_t* values, Squares* squares) {
+void round_group(const T* w, int64_t first, int64_t count, int64_t whole, float step, uint8_t* row, Squares* squares) {
   const vf most = set1(kBits == 8 ? 127 : 7), least = set1(kBits == 8 ? -127 : -8);
   const vf scale = set1(step), divisor = set1(step == 0 ? 1 : step);
   // The power of two next to 1 / step. Times it, every number of the group has a square in float.
@@ -66,7 +82,8 @@ void round_group(const T* w, int64_t count, float step, uint8_t* values, Squares
         norm = fma(all, all, norm);
       }
     }
-    write<kBits>(q, count - block < kBlock ? count - block : kBlock, values + block * kBits / 8);
+    const int64_t index = first + block / kBlock;
+    write<kBits>(q, unit_of(index, whole), index, count - block < kBlock ? count - block : kBlock, row);
   }
   if constexpr (kMeasured) {
     const double unit = 1 / double(inverse);
@@ -91,7 +108,8 @@ bool quantize_row(const QuantizeArgs& a, int64_t row) {
   Squares squares;
   uint8_t* values = a.values + row * a.c * kBits / 8;
   for (int64_t i = 0; i < groups; ++i)
-    round_group<kBits, kMeasured>(w + i * a.group, width(i), to_float(scale[i]), values + i * a.group * kBits / 8, &squares);
+    round_group<kBits, kMeasured>(w + i * a.group, i * a.group / kBlock, width(i), a.c / kBlock, to_float(scale[i]), values,
+                                  &squares);
   if (a.error) a.error[row] = float(__builtin_sqrt(squares.error));
   if (a.norm) a.norm[row] = float(__builtin_sqrt(squares.norm));
   return true;

@@ -1,17 +1,48 @@
 #include "cpu/quantized_panel.h"
 
 #include "cpu/quantized_dot.h"
+#include "cpu/quantized_unit.h"
 #include "cpu/workspace.h"
 
 namespace lk::LK_VARIANT {
 namespace {
 
 // Packed x that weight rows are multiplied with before the next columns are: it stays in the second-level cache.
-constexpr int64_t kPackedBytes = 64 << 10;
+constexpr int64_t kPackedBytes = (kRegisters >= 24 ? 64 : 16) << 10;
+constexpr int64_t kMostUnits = kPackedBytes / (kBlock * int64_t(sizeof(int16_t))) / kLanes + 5;  // of these columns
 constexpr float kSmallest = 0x1p-100f;
+
+constexpr int kMostCols = kRegisters >= 24 ? 6 : 4;  // x rows of a register tile, at most
 
 // Weight rows of a register tile with `cols` x rows.
 constexpr int rows_of(int cols) { return cols < 3 || kRegisters >= 24 ? 4 : 2; }
+
+// A unit of columns, and where its lanes find their scales: lane l of half h at first[h] + lanes[h][l] of a row.
+struct Columns {
+  Unit unit;
+  int64_t count;  // less than a block where they are what is left
+  int64_t first[kHalves], scales[kHalves];
+  alignas(64) int32_t lanes[kHalves][kWidth];
+};
+
+Columns columns_of(const Unit& unit, int64_t c, int64_t per_group, int64_t groups) {
+  Columns all{unit, unit.blocks * kBlock, {}, {}, {}};
+  if (all.count > c - unit.first * kBlock) all.count = c - unit.first * kBlock;
+  const int64_t before = unit.first % per_group;
+  for (int h = 0; h < kHalves; ++h) {
+    const auto group = [&](int64_t lane) { return (before + (h * kWidth + lane) * unit.blocks / kLanes) / per_group; };
+    const int64_t first = unit.first / per_group + group(0);
+    // A whole vector where a row has so many, as this takes less time.
+    all.first[h] = groups < kWidth || first + kWidth <= groups ? first : groups - kWidth;
+    all.scales[h] = groups < kWidth ? groups - first : kWidth;
+    const int64_t skipped = first - all.first[h];
+    if (per_group == 1)  // without divisions, as every call does this
+      for (int l = 0; l < kWidth; ++l) all.lanes[h][l] = int32_t(skipped + l * unit.blocks / kLanes);
+    else
+      for (int l = 0; l < kWidth; ++l) all.lanes[h][l] = int32_t(skipped + group(l) - group(0));
+  }
+  return all;
+}
 
 // What a pass over the columns [blocks from first to last) of some weight rows needs.
 struct Span {
@@ -19,7 +50,8 @@ struct Span {
   const uint8_t* w;  // row 0 of the weight
   int64_t w_stride;
   const Quantization& q;
-  int64_t first, last;
+  int64_t first, first_unit, num_units;
+  const Columns* units;
 };
 
 // How far ahead memory is fetched: bytes of values, and of scales.
@@ -29,72 +61,101 @@ struct Ahead {
 
 LK_INLINE int64_t scale_size(const Quantization& q) { return int64_t(size_of(DType(q.scale_dtype))); }
 
-// The scales (or offsets) of kWidth blocks from `block` on; zero from `count` of them on.
+// The scales (or offsets) from `first` on, those of the lanes of one half.
 template <class T>
-LK_INLINE vf of_blocks(const T* row, int64_t blocks_per_group, int64_t block, int64_t count) {
-  if (blocks_per_group == 1) return count < kWidth ? load(row + block, count) : load(row + block);
-  alignas(64) float values[kWidth] = {};
-  int64_t group = block / blocks_per_group, left = blocks_per_group - block % blocks_per_group;
-  for (int64_t i = 0; i < count; ++i, --left) {
-    if (left == 0) ++group, left = blocks_per_group;
-    values[i] = to_float(row[group]);
-  }
-  return load(values);
+LK_INLINE vf of_lanes(const T* first, const Columns& columns, int half) {
+  const int64_t count = columns.scales[half];
+  return permute(kRegisters >= 24 || count < kWidth ? load(first, count) : load(first), columns.lanes[half]);
 }
 
-// Adds to the vectors sums[i * kTileRows + j] the products of weight row n + j and packed row m + i, over the span's
-// columns; what they add up to once all columns are done is the dot product. For every tile and span one vector per
-// product, blocks in rising order: neither can change a bit. Meanwhile values and scales `ahead` are fetched: of the
-// scales the processor by itself fetches too late. Where memory is what a tile waits for, it asks for values twice or three
-// times, as some requests are dropped (see dot.h).
-template <int kBits, int kRows, int kCols>
-void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums_at) {
-  constexpr int64_t kBytes = Stored<kBits>::kBytes;
-  const int64_t per_group = s.q.group / kBlock, whole = s.x.c / kBlock, size = scale_size(s.q);
-  const uint8_t* w = s.w + n * s.w_stride + s.first * kBytes;
-  const int16_t* x = s.x.words_of(s.first, m);
-  vf sums[kRows][kCols];
-  LK_UNROLL for (int j = 0; j < kRows; ++j)
-    LK_UNROLL for (int i = 0; i < kCols; ++i) sums[j][i] = sums_at[i * kTileRows + j];
-#pragma GCC unroll 1
-  for (int64_t block = s.first; block < s.last; block += kWidth) {
-    const int64_t count = s.last - block < kWidth ? s.last - block : kWidth;
-    alignas(64) float factors[kRows][kCols][kWidth];
-    LK_UNROLL for (int j = 0; j < kRows; ++j) {
-      const char* scales = static_cast<const char*>(s.q.scale) + (n + j) * s.q.scale_stride * size;
-      prefetch_l2(scales + block / per_group * size + ahead.scale_bytes);
-      const vf scale = size == sizeof(bf16) ? of_blocks(reinterpret_cast<const bf16*>(scales), per_group, block, count)
-                                            : of_blocks(reinterpret_cast<const float*>(scales), per_group, block, count);
-      vf shift = kBits == 4 ? mul(scale, set1(-8)) : zero();
-      if (s.q.offset)
-        shift = add(shift, of_blocks(s.q.offset + (n + j) * s.q.offset_stride, per_group, block, count));
-      LK_UNROLL for (int i = 0; i < kCols; ++i) {
-        store(factors[j][i], mul(scale, load(s.x.scales_of(m + i) + block)));
-        if (kBits == 4 || s.q.offset)
-          sums[j][i] = accumulate(sums[j][i], shift, load(s.x.sums_of(m + i) + block));
-      }
-    }
-    const int64_t complete = block + count <= whole ? count : whole - block;
-#pragma GCC unroll 1
-    for (int64_t i = 0; i < complete; ++i, w += kBytes, x += s.x.m * kBlock) {
-      const auto ask = [&](int64_t distance) __attribute__((always_inline)) {
-        LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(w + j * s.w_stride + distance);
-      };
-      if constexpr (kCols == 1 || (kCols == 2 && kRegisters >= 24)) ask(2 * ahead.bytes);
-      ask(ahead.bytes);
-      if constexpr (kCols == 1 && kBits == 8) ask(ahead.bytes - 8 * kBytes);
-      add_block<kBits>(sums, w, s.w_stride, x,
-                       reinterpret_cast<const float(*)[kCols][kWidth]>(&factors[0][0][i]));
-    }
-    if (complete < count) {
-      alignas(64) uint8_t last[kRows][kBytes] = {};
-      for (int j = 0; j < kRows; ++j) memcpy(last[j], w + j * s.w_stride, size_t(s.x.c % kBlock * kBits / 8));
-      add_block<kBits>(sums, last[0], kBytes, x,
-                       reinterpret_cast<const float(*)[kCols][kWidth]>(&factors[0][0][complete]));
+// Offset times the sum of x, which is added to a unit's products where the weight has offsets.
+template <int kRows, int kCols>
+__attribute__((noinline)) void add_offsets(const Quantization& q, int64_t n, const PackedLanes* x, const Columns& columns,
+                                           int half, vf* sums) {
+  for (int j = 0; j < kRows; ++j) {
+    const vf offset = of_lanes(q.offset + (n + j) * q.offset_stride + columns.first[half], columns, half);
+    for (int i = 0; i < kCols; ++i) {
+      const vf total = __builtin_convertvector(load_vector<Ints>(x[i].sums + half * kWidth), vf);
+      vf& sum = sums[(i * kTileRows + j) * kHalves + half];
+      sum = accumulate(sum, offset, mul(total, load(x[i].scales + half * kWidth)));
     }
   }
-  LK_UNROLL for (int j = 0; j < kRows; ++j)
-    LK_UNROLL for (int i = 0; i < kCols; ++i) sums_at[i * kTileRows + j] = sums[j][i];
+}
+
+// Adds to the vectors sums[(i * kTileRows + j) * kHalves + h] the products of weight row n + j and packed row m + i, over
+// the span's columns; what they add up to once all columns are done is the dot product. For every tile and span one vector
+// per product and half, units in rising order: neither can change a bit. Meanwhile values and scales `ahead` are fetched:
+// of the scales the processor by itself fetches too late. Where memory is what a tile waits for, it asks for values twice or
+// three times, as some requests are dropped (see dot.h).
+template <int kBits, int kRows, int kCols>
+void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
+  constexpr int64_t kBytes = Stored<kBits>::kBytes, kSteps = Stored<kBits>::kSteps;
+  constexpr int kEarlyCols = kRegisters < 24 ? 1 : kBits == 8 ? 3 : 2;
+  constexpr int kAgainCols = kBits == 4 ? 0 : kRegisters < 24 ? 1 : 6;
+  const bool again = s.x.m == kCols;  // otherwise the tiles of a strip ask for the same
+  const int64_t x_step = s.x.m * kBlock, w_stride = s.w_stride;
+  const int64_t size = scale_size(s.q), scale_stride = s.q.scale_stride * size;
+  const bool narrow = s.q.scale_dtype == int64_t(DType::bf16);
+  const uint8_t* row = s.w + n * w_stride + s.first * kBytes;
+  const int16_t* packed = s.x.words_of(s.first, m);
+  const PackedLanes* lanes = s.x.lanes_of(s.first_unit, m);
+  for (const Columns* columns = s.units; columns < s.units + s.num_units; ++columns, lanes += s.x.m) {
+    for (int half = 0; half < kHalves; ++half) {
+      Ints dots[kRows][kCols];
+      LK_UNROLL for (int i = 0; i < kCols; ++i) {
+        const Ints start = kBits == 4 ? load_vector<Ints>(lanes[i].sums + half * kWidth) * -8 : Ints{};
+        LK_UNROLL for (int j = 0; j < kRows; ++j) dots[j][i] = start;
+      }
+      const uint8_t* w = row + half * kWidth * 4;
+      const int16_t* x = packed + half * kWords;
+      const uint8_t* fetch = w + ahead.bytes;
+      const auto ask = [&](int64_t distance) __attribute__((always_inline)) {
+        LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(fetch + j * w_stride + distance);
+      };
+      const auto ask_early = [&]() __attribute__((always_inline)) {
+        if constexpr (kCols <= kEarlyCols) ask(ahead.bytes);
+        ask(0);
+      };
+      if (columns->unit.blocks > 1 || (kBits == 8 && columns->count == kBlock)) {
+#pragma GCC unroll 1
+        for (int64_t i = columns->unit.blocks / kSteps; i > 0; --i) {
+          ask_early();
+          if (kCols <= kAgainCols && again) ask(-8 * kBytes);
+          add_steps<kBits>(dots, w, w_stride, x, x_step);
+          w += kSteps * kBytes, x += kSteps * x_step, fetch += kSteps * kBytes;
+        }
+      } else {
+        // A block of columns in order: of 4 bits, or less than a whole one.
+        alignas(64) uint8_t last[kRows][kBytes] = {};
+        ask_early();
+        const uint8_t* from = row;
+        int64_t stride = w_stride;
+        if (columns->count < kBlock) {
+          for (int j = 0; j < kRows; ++j) memcpy(last[j], row + j * w_stride, size_t(columns->count * kBits / 8));
+          from = last[0], stride = kBytes;
+        }
+        if constexpr (kBits == 8)
+          add_steps<8>(dots, from + half * kWidth * 4, stride, x, x_step);
+        else
+          add_nibbles(dots, from + half * kWords, stride, x);
+      }
+      const char* scales = static_cast<const char*>(s.q.scale) + n * scale_stride + columns->first[half] * size;
+      vf x_scales[kCols];
+      LK_UNROLL for (int i = 0; i < kCols; ++i) x_scales[i] = load(lanes[i].scales + half * kWidth);
+      vf* to = sums + half;
+      LK_UNROLL for (int j = 0; j < kRows; ++j, scales += scale_stride, to += kHalves) {
+        if (half == 0) prefetch_l2(scales + ahead.scale_bytes);
+        const vf scale = narrow ? of_lanes(reinterpret_cast<const bf16*>(scales), *columns, half)
+                                : of_lanes(reinterpret_cast<const float*>(scales), *columns, half);
+        LK_UNROLL for (int i = 0; i < kCols; ++i) {
+          vf& sum = to[i * kTileRows * kHalves];
+          sum = accumulate(sum, __builtin_convertvector(dots[j][i], vf), mul(scale, x_scales[i]));
+        }
+      }
+      if (s.q.offset) add_offsets<kRows, kCols>(s.q, n, lanes, *columns, half, sums);
+    }
+    row += columns->unit.blocks * kBytes, packed += columns->unit.blocks * x_step;
+  }
 }
 
 // Weight rows [n, n + kRows) against all x rows, cut into tiles of nearly equal width: kCols or one less.
@@ -104,9 +165,9 @@ void strip(const Span& s, int64_t n, Ahead ahead, vf* sums) {
   const int64_t narrow = tiles * kCols - s.x.m;
   int64_t m = 0;
   for (int64_t t = narrow; t < tiles; ++t, m += kCols)
-    tile<kBits, kRows, kCols>(s, n, m, ahead, sums + m * kTileRows);
+    tile<kBits, kRows, kCols>(s, n, m, ahead, sums + m * kTileRows * kHalves);
   if constexpr (kCols > 1)
-    for (; m < s.x.m; m += kCols - 1) tile<kBits, kRows, kCols - 1>(s, n, m, ahead, sums + m * kTileRows);
+    for (; m < s.x.m; m += kCols - 1) tile<kBits, kRows, kCols - 1>(s, n, m, ahead, sums + m * kTileRows * kHalves);
 }
 
 // Weight rows [begin, end), at most kTileRows.
@@ -114,34 +175,46 @@ template <int kBits, int kCols>
 void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, Totals out) {
   constexpr int kRows = rows_of(kCols);
   const int64_t blocks = x.blocks(), count = end - begin;
-  int64_t step = kPackedBytes / (x.m * kBlock * int64_t(sizeof(int16_t))) / kWidth * kWidth;
-  if (step < kWidth) step = kWidth;
+  const int64_t per_group = w.quantization.group / kBlock, size = scale_size(w.quantization);
+  const int64_t groups = (blocks + per_group - 1) / per_group;
+  int64_t step = kPackedBytes / (x.m * kBlock * int64_t(sizeof(int16_t))) / kLanes * kLanes;
+  if (step < kLanes) step = kLanes;
   if (step > blocks) step = blocks;
   const int64_t bytes = (step + 1) * Stored<kBits>::kBytes;
   int64_t lead = kRows + kAheadBytes / (bytes * kRows) * kRows;
   if (lead > kTileRows) lead = kTileRows;
-  vf sums[kMaxPackedRows * kTileRows];
-  for (int64_t i = 0; i < x.m * kTileRows; ++i) sums[i] = zero();
+  vf sums[kMaxPackedRows * kTileRows * kHalves];
+  for (int64_t i = 0; i < x.m * kTileRows * kHalves; ++i) sums[i] = zero();
+  int64_t unit = 0;
   for (int64_t first = 0; first < blocks; first += step) {
     const int64_t last = first + step < blocks ? first + step : blocks;
-    const Span span{x, static_cast<const uint8_t*>(w.data), w.stride, w.quantization, first, last};
+    Columns columns[kMostUnits];
+    int64_t count_units = 0;
+    for (int64_t block = first; block < last; block += columns[count_units++].unit.blocks)
+      columns[count_units] = columns_of(unit_from(block, x.whole()), x.c, per_group, groups);
+    const Span span{x, static_cast<const uint8_t*>(w.data), w.stride, w.quantization, first, unit, count_units, columns};
+    unit += count_units;
     // Where the rows `lead` ahead lie: in these columns, in the next ones of the first rows, or in the next rows.
     const auto distance = [&](int64_t n, int64_t stride, int64_t before, int64_t span) {
       if (n + lead < end) return lead * stride;
       if (last < blocks) return (lead - count) * stride + span;
       return n + lead < w.n ? lead * stride - before : 0;
     };
-    const int64_t per_group = w.quantization.group / kBlock, size = scale_size(w.quantization);
     auto ahead = [&](int64_t n) {
       return Ahead{distance(n, w.stride, first * Stored<kBits>::kBytes, step * Stored<kBits>::kBytes),
                    distance(n, w.quantization.scale_stride, first / per_group, step / per_group) * size};
     };
     int64_t n = begin;
-    for (; n + kRows <= end; n += kRows) strip<kBits, kRows, kCols>(span, n, ahead(n), sums + (n - begin));
-    for (; n < end; ++n) strip<kBits, 1, kCols>(span, n, ahead(n), sums + (n - begin));
+    for (; n + kRows <= end; n += kRows) strip<kBits, kRows, kCols>(span, n, ahead(n), sums + (n - begin) * kHalves);
+    for (; n < end; ++n) strip<kBits, 1, kCols>(span, n, ahead(n), sums + (n - begin) * kHalves);
   }
   for (int64_t i = 0; i < x.m; ++i) {
-    const vf* v = sums + i * kTileRows;
+    const vf* v = sums + i * kTileRows * kHalves;
+    vf folded[kTileRows];
+    if constexpr (kHalves > 1) {
+      for (int64_t j = 0; j < count; ++j) folded[j] = add(v[j * kHalves], v[j * kHalves + 1]);
+      v = folded;
+    }
     float* totals = out.data + i * out.stride;
     int64_t j = 0;
     for (; j + 4 <= count; j += 4) sum4(v[j], v[j + 1], v[j + 2], v[j + 3], totals + j);
@@ -151,65 +224,98 @@ void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, T
 
 template <int kBits>
 void rows_of_width(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, Totals out) {
-  const int64_t tiles = (x.m + kMaxCols - 1) / kMaxCols;
+  const int64_t tiles = (x.m + kMostCols - 1) / kMostCols;
   switch ((x.m + tiles - 1) / tiles) {
     case 1: return rows<kBits, 1>(w, x, begin, end, out);
     case 2: return rows<kBits, 2>(w, x, begin, end, out);
     case 3: return rows<kBits, 3>(w, x, begin, end, out);
     case 4: return rows<kBits, 4>(w, x, begin, end, out);
   }
+  if constexpr (kMostCols > 4) {
+    if ((x.m + tiles - 1) / tiles == 5) return rows<kBits, 5>(w, x, begin, end, out);
+    return rows<kBits, 6>(w, x, begin, end, out);
+  }
 }
 
-template <int kBits>
-LK_INLINE void reorder(const int32_t* q, int16_t* words) {
-  constexpr int64_t kRun = Stored<kBits>::kRun, kStep = Stored<kBits>::kStep;
-  for (int64_t group = 0; group < kBlock; group += kRun * kStep)
-    for (int64_t step = 0; step < kStep; ++step)
-      for (int64_t i = 0; i < kRun; ++i) words[group + step * kRun + i] = int16_t(q[group + step + i * kStep]);
+// The largest magnitude of the first `count` elements, at most a block's. NaN and infinity make a NaN of *none, as max() may
+// lose them.
+template <class T>
+LK_INLINE float largest_of(const T* x, int64_t count, vf* none) {
+  vf largest = zero();
+  for (int64_t i = 0; i < kBlock; i += kWidth) {
+    const vf v = count - i >= kWidth ? load(x + i) : count > i ? load(x + i, count - i) : zero();
+    largest = max(largest, max(v, sub(zero(), v)));
+    *none = fma(v, zero(), *none);
+  }
+  return max_of(largest);
+}
+
+// Those elements as integers, zeros behind them; returns their scale, the power of two that brings the largest to 2^14 and
+// above: small whole numbers and bfloat16 stay exact.
+template <class T>
+LK_INLINE float integers_of(const T* x, int64_t count, float largest, int32_t* q) {
+  const bool counts = largest >= kSmallest;
+  const uint32_t exponent = float_bits(largest) & 0x7f800000;
+  const vf inverse = set1(counts ? float_from_bits((uint32_t(2 * 127 + 14) << 23) - exponent) : 0);
+  for (int64_t i = 0; i < kBlock; i += kWidth) {
+    const vf v = count - i >= kWidth ? load(x + i) : count > i ? load(x + i, count - i) : zero();
+    const Ints integers = __builtin_convertvector(min(round_int(mul(v, inverse)), set1(32767)), Ints);
+    memcpy(q + i, &integers, sizeof(integers));
+  }
+  return counts ? float_from_bits(exponent - (uint32_t(14) << 23)) : 0;
+}
+
+// A unit's integers to where it has them, and the sums of its lanes.
+LK_INLINE void place(const int32_t* q, int64_t blocks, int16_t* words, int64_t x_step, int32_t* sums) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    int16_t* to = words + lane * 2;
+    for (int64_t step = 0; step < blocks; ++step, q += 4, to += x_step) {
+      constexpr uint64_t kLow = 0x0000ffff0000ffff;
+      uint64_t pairs[2];
+      memcpy(pairs, q, sizeof(pairs));
+      const uint64_t parts = (pairs[0] & kLow) | (pairs[1] & kLow) << 16;
+      const uint32_t low = uint32_t(parts), high = uint32_t(parts >> 32);
+      memcpy(to, &low, sizeof(low));
+      memcpy(to + kBlock / 2, &high, sizeof(high));
+    }
+  }
+  const Words ones = Words{} + 1;
+  for (int half = 0; half < kHalves; ++half) {
+    Ints total{};
+    for (int64_t step = 0; step < blocks; ++step)
+      for (int part = 0; part < 2; ++part)
+        total = add_pairs(total, load_vector<Words>(words + step * x_step + part * kBlock / 2 + half * kWords), ones);
+    memcpy(sums + half * kWidth, &total, sizeof(total));
+  }
 }
 
 }  // namespace
 
-QuantizedRows::QuantizedRows(int64_t rows, int64_t columns, int64_t b, Workspace use) : m(rows), c(columns), bits(b) {
-  const int64_t bytes = blocks() * kBlock * int64_t(sizeof(int16_t)) + 2 * scales() * int64_t(sizeof(float));
+QuantizedRows::QuantizedRows(int64_t rows, int64_t columns, Workspace use) : m(rows), c(columns) {
+  const int64_t bytes = blocks() * kBlock * int64_t(sizeof(int16_t)) + units() * int64_t(sizeof(PackedLanes));
   data = static_cast<char*>(workspace(use, size_t(rows * bytes)));
 }
 
 template <class T>
 void QuantizedRows::pack(int64_t row, const T* x) {
-  float *scale = scales_of(row), *sum = sums_of(row);
-  for (int64_t block = blocks(); block < scales(); ++block) scale[block] = sum[block] = 0;
-  for (int64_t block = 0; block < blocks(); ++block, x += kBlock) {
-    const int64_t count = c - block * kBlock;
-    alignas(64) float values[kBlock];
-    vf largest = zero(), none = zero();
-    for (int64_t i = 0; i < kBlock; i += kWidth) {
-      const vf v = count - i >= kWidth ? load(x + i) : count > i ? load(x + i, count - i) : zero();
-      store(values + i, v);
-      largest = max(largest, max(v, sub(zero(), v)));
-      none = fma(v, zero(), none);  // NaN from NaN and infinity on, which max() may lose
-    }
-    alignas(64) int32_t q[kBlock] = {};
-    scale[block] = sum[block] = 0;
-    const float most = max_of(largest), nothing = lk::LK_VARIANT::sum(none);
-    if (nothing != 0) {
-      scale[block] = sum[block] = nothing;
-    } else if (most >= kSmallest) {
-      // The power of two that brings the largest to 2^14 and above: small whole numbers and bfloat16 stay exact.
-      const uint32_t exponent = float_bits(most) & 0x7f800000;
-      const float inverse = float_from_bits((uint32_t(2 * 127 + 14) << 23) - exponent);
-      for (int64_t i = 0; i < kBlock; i += kWidth) {
-        const vf v = min(round_int(mul(load(values + i), set1(inverse))), set1(32767));
-        const Ints whole = __builtin_convertvector(v, Ints);
-        memcpy(q + i, &whole, sizeof(whole));
-      }
-      int32_t total = 0;
-      for (int64_t i = 0; i < kBlock; ++i) total += q[i];
-      scale[block] = float_from_bits(exponent - (uint32_t(14) << 23));
-      sum[block] = scale[block] * float(total);
-    }
-    if (bits == 8) reorder<8>(q, words_of(block, row)); else reorder<4>(q, words_of(block, row));
+  PackedLanes* packed = lanes_of(0, row);
+  vf none = zero();
+  for (int64_t first = 0; first < blocks(); packed += m) {
+    const Unit unit = unit_from(first, whole());
+    const T* from = x + first * kBlock;
+    const int64_t count = c - first * kBlock;
+    // One loop after the other, so that none waits for the results of the one before.
+    float largest[kLanes], scales[kLanes];
+    alignas(64) int32_t q[kLanes * kBlock];
+    for (int64_t i = 0; i < unit.blocks; ++i) largest[i] = largest_of(from + i * kBlock, count - i * kBlock, &none);
+    for (int64_t i = 0; i < unit.blocks; ++i)
+      scales[i] = integers_of(from + i * kBlock, count - i * kBlock, largest[i], q + i * kBlock);
+    place(q, unit.blocks, words_of(first, row), m * kBlock, packed->sums);
+    for (int64_t lane = 0; lane < kLanes; ++lane) packed->scales[lane] = scales[lane * unit.blocks / kLanes];
+    first += unit.blocks;
   }
+  const float nothing = lk::LK_VARIANT::sum(none);
+  if (nothing != 0) lanes_of(0, row)->scales[0] = nothing;
 }
 template void QuantizedRows::pack(int64_t, const float*);
 template void QuantizedRows::pack(int64_t, const f16*);
@@ -218,7 +324,7 @@ template void QuantizedRows::pack(int64_t, const bf16*);
 void QuantizedRows::panel(const Matrix& w, int64_t begin, int64_t end, Totals out) const {
   for (; begin < end; begin += kTileRows, out.data += kTileRows) {
     const int64_t stop = begin + kTileRows < end ? begin + kTileRows : end;
-    if (bits == 8) rows_of_width<8>(w, *this, begin, stop, out); else rows_of_width<4>(w, *this, begin, stop, out);
+    if (w.quantization.bits == 8) rows_of_width<8>(w, *this, begin, stop, out); else rows_of_width<4>(w, *this, begin, stop, out);
   }
 }
 

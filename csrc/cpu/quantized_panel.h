@@ -5,26 +5,32 @@
 
 namespace lk::LK_VARIANT {
 
-// x rows as products with weights of `bits` take them: 16-bit integers [blocks of 64 columns, m, 64], so that a tile
-// finds its rows at fixed distances; and of each row and block the scale, and scale times the sum of its integers.
+// Of the 16 lanes of a unit: the scales of packed x, and the sums of its integers.
+struct PackedLanes {
+  float scales[16];
+  int32_t sums[16];
+};
+
+// x rows as products with quantized weights take them: 16-bit integers [steps, m, 64] (a block has one step; see
+// quantized_dot.h for the order of the 64) and behind them PackedLanes [units, m]. So a tile finds its rows at fixed distances.
 struct QuantizedRows {
   char* data;
-  int64_t m, c, bits;  // m may become smaller, until rows are packed
+  int64_t m, c;  // m may become smaller, until rows are packed
 
-  QuantizedRows(int64_t rows, int64_t columns, int64_t bits, Workspace use = Workspace::linear_x);
+  QuantizedRows(int64_t rows, int64_t columns, Workspace use = Workspace::linear_x);
   template <class T>
   void pack(int64_t row, const T* x);
 
   // Dot products of every x row and the weight rows [begin, end). Rows up to w.n are likely to be this thread's next.
   void panel(const Matrix& w, int64_t begin, int64_t end, Totals out) const;
 
-  int64_t bytes_of_row() const { return c * bits / 8 + 1; }
-
+  int64_t whole() const { return c / 64; }
   int64_t blocks() const { return (c + 63) / 64; }
-  int64_t scales() const { return (blocks() + kWidth - 1) / kWidth * kWidth; }  // of a row, zero behind the last block
-  int16_t* words_of(int64_t block, int64_t row) const { return reinterpret_cast<int16_t*>(data) + (block * m + row) * 64; }
-  float* scales_of(int64_t row) const { return reinterpret_cast<float*>(words_of(blocks(), 0)) + 2 * row * scales(); }
-  float* sums_of(int64_t row) const { return scales_of(row) + scales(); }
+  int64_t units() const { return whole() / 16 + __builtin_popcountll(uint64_t(whole() % 16)) + (c % 64 ? 1 : 0); }
+  int16_t* words_of(int64_t step, int64_t row) const { return reinterpret_cast<int16_t*>(data) + (step * m + row) * 64; }
+  PackedLanes* lanes_of(int64_t unit, int64_t row) const {
+    return reinterpret_cast<PackedLanes*>(words_of(blocks(), 0)) + unit * m + row;
+  }
 };
 
 }  // namespace lk::LK_VARIANT

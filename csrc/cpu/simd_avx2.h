@@ -61,6 +61,9 @@ LK_INLINE vf div(vf a, vf b) { return _mm256_div_ps(a, b); }
 LK_INLINE vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
 LK_INLINE vf min(vf a, vf b) { return _mm256_min_ps(a, b); }
 LK_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+LK_INLINE vf permute(vf x, const int32_t* index) {
+  return _mm256_permutevar8x32_ps(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)));
+}
 
 LK_INLINE float sum(vf x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

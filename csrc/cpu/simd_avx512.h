@@ -50,6 +50,9 @@ LK_INLINE vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
 LK_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
 LK_INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
 LK_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+LK_INLINE vf permute(vf x, const int32_t* index) {
+  return _mm512_permutexvar_ps(_mm512_loadu_si512(index), x);
+}
 
 LK_INLINE float sum(vf x) {
   const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));

@@ -47,6 +47,11 @@ LK_INLINE vf div(vf a, vf b) { return a / b; }
 LK_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 LK_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 LK_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+LK_INLINE vf permute(vf x, const int32_t* index) {
+  vf y;
+  for (int i = 0; i < kWidth; ++i) y[i] = x[index[i]];
+  return y;
+}
 
 LK_INLINE float sum(vf x) {
   const float a = x[0] + x[4], b = x[1] + x[5], c = x[2] + x[6], d = x[3] + x[7];

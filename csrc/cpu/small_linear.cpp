@@ -44,7 +44,8 @@ LK_INLINE void finish(const SmallLinearArgs& a, const LinearWeight& weight, int6
 template <class T, class Rows>
 void run_pass(const Pass<Rows>& pass) {
   const SmallLinearArgs& a = pass.args;
-  const int64_t row_bytes = pass.x.bytes_of_row();
+  const int64_t bits = a.weights->quantization.bits;
+  const int64_t row_bytes = 1 + a.c * (bits ? bits : 8 * int64_t(sizeof(T))) / 8;
   int64_t rows = 0;
   for (int64_t i = 0; i < a.num_weights; ++i) rows += a.weights[i].n;
   int64_t bytes = rows * row_bytes / (kTasksPerThread * a.num_threads);
@@ -91,7 +92,7 @@ void run_passes(const SmallLinearArgs& a, Rows rows) {
 template <class T>
 void run(const SmallLinearArgs& a) {
   const int64_t most = a.m < kMaxPackedRows ? a.m : kMaxPackedRows;
-  if (a.weights->quantization.bits) return run_passes<T>(a, QuantizedRows(most, a.c, a.weights->quantization.bits));
+  if (a.weights->quantization.bits) return run_passes<T>(a, QuantizedRows(most, a.c));
   run_passes<T>(a, DenseRows<T>(most, a.c));
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels.messages import shown
-from layerskip_kernels.ops.quantized import BLOCK, QuantizedWeight, packed
+from layerskip_kernels.ops.quantized import BLOCK, QuantizedWeight, stored
 
 SUPPORTED = (
     "torchao's weight-only 8 and 4 bits (Int8WeightOnlyConfig, IntxWeightOnlyConfig of int8 or int4), "
@@ -31,7 +31,7 @@ def is_quantized(tensor: object) -> bool:
 
 
 def from_tensor(name: str, tensor: Any) -> QuantizedWeight:
-    """From a live model's tensor, sharing its values where they are stored as ours. Raises ValueError as `_convert`."""
+    """A copy of a live model's tensor, in our order of columns. Raises ValueError as `_convert`."""
     attributes = {key: getattr(tensor, key, None) for key in ("block_size", "target_dtype", *_ACTIVATIONS)}
     parts = {part: getattr(tensor, part, None) for part in _PARTS}
     return _convert(name, type(tensor).__name__, attributes, parts)
@@ -122,8 +122,7 @@ def _convert(
     offset = None
     if zero_point is not None and zero_point.any():
         offset = zero_point.detach().float().reshape(shape).mul(-1).mul_(scale)
-    if target == "int4":
-        if width % 2 or q.min() < -8 or q.max() > 7:
-            raise refused("stored with values that are not of 4 bits")
-        return QuantizedWeight(packed(q), scale, group, offset)
-    return QuantizedWeight(q.detach().contiguous(), scale, group, offset)
+    bits = {"int8": 8, "int4": 4}[target]
+    if bits == 4 and (width % 2 or q.min() < -8 or q.max() > 7):
+        raise refused("stored with values that are not of 4 bits")
+    return QuantizedWeight(stored(q.detach(), bits), scale, group, offset)

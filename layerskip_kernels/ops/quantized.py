@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ class QuantizedWeight(NamedTuple):
     becomes NaN.
     """
 
-    values: torch.Tensor  # int8 [N, C]; or uint8 [N, C / 2]: column 2i in byte i's low nibble, 2i + 1 above, q + 8
+    values: torch.Tensor  # int8 [N, C], or uint8 [N, C / 2] with two of q + 8 in a byte, in the order of `stored`
     scale: torch.Tensor  # bfloat16, or float32, [N, ceil(C / group)]
     group: int  # columns that share a scale: a multiple of 64; the last group may be short
     offset: torch.Tensor | None = None  # float32, shape of scale: of formats with a zero point
@@ -105,21 +105,65 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> t
     """The weight [N, C] as numbers of `dtype`."""
     check_weight("weight", weight)
     values, scale, group, offset = weight
-    q = values if weight.bits == 8 else unpacked(values)
+    q = numbers(values)
     width = q.shape[1]
     w = q.to(dtype) * spread(scale, group, width, dtype)
     return w if offset is None else w + spread(offset, group, width, dtype)
 
 
-def unpacked(values: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, C / 2] -> int8 [N, C]."""
-    return torch.stack((values & 15, values >> 4), 2).view(values.shape[0], -1).to(torch.int8) - 8
+LANES = 16
 
 
-def packed(q: torch.Tensor) -> torch.Tensor:
-    """int8 [N, C] -> uint8 [N, C / 2]."""
-    nibbles = (q + 8).to(torch.uint8)
-    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+def _units(width: int) -> Iterator[tuple[int, int, int]]:
+    """(first column, one behind the last, steps) of each unit of a row, and what is left after them as one of one."""
+    first = 0
+    while first < width:
+        steps = min(LANES, 1 << max((width - first) // BLOCK, 1).bit_length() - 1)
+        last = min(first + steps * BLOCK, width)
+        yield first, last, steps
+        first = last
+
+
+def stored(q: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 [N, C] -> `QuantizedWeight.values`: columns in the order in which the kernels' vectors take them.
+
+    A lane of a vector sums columns of one group alone, and many of them before their scale is due. So blocks of 64
+    columns come in units: of 16 blocks as long as there are so many, then of 8, 4, 2 and 1. A unit of b blocks is 16
+    lanes times 4 b consecutive columns, stored with lanes and columns exchanged, four columns at a time: [b steps, 16
+    lanes, 4 columns]. What is left, less than a block, is in order. With 4 bits a byte holds an even step in its low
+    nibble and the next step in the high one; in a unit of one block and in what is left, columns 2i and 2i + 1.
+    """
+    rows, width = q.shape
+    values = q.new_empty(rows, width * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    for first, last, steps in _units(width):
+        part = q[:, first:last]
+        if steps > 1:
+            part = part.reshape(rows, LANES, steps, 4).transpose(1, 2)
+        if bits == 4:
+            low, high = (part + 8).to(torch.uint8).reshape(rows, *_PAIRS[steps > 1]).unbind(2)
+            part = low | high << 4
+        values[:, first * bits // 8 : last * bits // 8] = part.reshape(rows, -1)
+    return values
+
+
+# How the two numbers of a byte lie in their unit: [.., 2, ..] of columns, or of steps.
+_PAIRS = {False: (-1, 2), True: (-1, 2, LANES * 4)}
+
+
+def numbers(values: torch.Tensor) -> torch.Tensor:
+    """The inverse of `stored`: int8 [N, C]."""
+    rows, bits = len(values), 8 if values.dtype == torch.int8 else 4
+    width = values.shape[1] * 8 // bits
+    q = values.new_empty(rows, width, dtype=torch.int8)
+    for first, last, steps in _units(width):
+        part = values[:, first * bits // 8 : last * bits // 8]
+        if bits == 4:
+            part = part.reshape(rows, -1, *_PAIRS[steps > 1][2:])
+            part = torch.stack((part & 15, part >> 4), 2).to(torch.int8) - 8
+        if steps > 1:
+            part = part.reshape(rows, steps, LANES, 4).transpose(1, 2)
+        q[:, first:last] = part.reshape(rows, -1)
+    return q
 
 
 def spread(per_group: torch.Tensor, group: int, width: int, dtype: torch.dtype) -> torch.Tensor:

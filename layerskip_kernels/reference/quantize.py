@@ -1,6 +1,6 @@
 import torch
 
-from layerskip_kernels.ops.quantized import BLOCK, not_finite, packed, unset
+from layerskip_kernels.ops.quantized import BLOCK, not_finite, stored, unset
 
 _ROWS_AT_ONCE = 4096
 _LIMITS = {8: (-127, 127), 4: (-8, 7)}
@@ -29,7 +29,7 @@ def quantize(weight, bits, group=BLOCK, *, error=None, norm=None):
         if norm is not None:
             norm[some] = _norms(w)
         q = q.view(len(w), -1)[:, :width].to(torch.int8)
-        result.values[some] = q if bits == 8 else packed(q)
+        result.values[some] = stored(q, bits)
         result.scale[some] = step
     return result
 

@@ -1,5 +1,6 @@
 // rms_norm, small_linear, quantize: each row of a batch, strided, against the row alone.
 #include "check.h"
+#include "cpu/quantized_unit.h"
 
 namespace {
 
@@ -48,9 +49,21 @@ void linear(int num_threads) {
   }
 }
 
+// What a quantized row of c columns has in column i.
+int number(const uint8_t* row, int64_t bits, int64_t i, int64_t c) {
+  const int64_t block = i / 64, left = c / 64 - block;
+  const lk::Unit unit = lk::unit_of(block, c / 64);
+  const lk::Place place = lk::place_of(unit, block, i % 64 / 4);
+  const auto nibble = [](uint8_t byte, int64_t high) { return (high ? byte >> 4 : byte & 15) - 8; };
+  if (left <= 0 || unit.blocks == 1) return bits == 8 ? int8_t(row[i]) : nibble(row[i / 2], i % 2);
+  const int64_t at = place.lane * 4 + i % 4;
+  if (bits == 8) return int8_t(row[unit.first * 64 + place.step * 64 + at]);
+  return nibble(row[unit.first * 32 + place.step / 2 * 64 + at], place.step % 2);
+}
+
 template <class T>
 void quantized_linear(int num_threads) {
-  const int64_t shapes[][3] = {{1, 1, 2}, {7, 33, 84}, {5, 70, 1090}, {66, 25, 40}, {3, 130, 192}};
+  const int64_t shapes[][3] = {{1, 1, 2}, {7, 33, 84}, {5, 70, 1090}, {66, 25, 40}, {3, 130, 1984}};
   for (const auto& [m, n, c] : shapes)
     for (int64_t bits : {8, 4}) {
       const int64_t stride = c + 1;
@@ -82,8 +95,7 @@ void quantized_linear(int num_threads) {
       for (int64_t i = 0; i < n; ++i) {
         int64_t sum = 0;
         for (int64_t j = 0; j < c; ++j) {
-          const uint8_t byte = whole.values[i * whole.stride + j * bits / 8];
-          sum += 2 * (bits == 8 ? int8_t(byte) : (j % 2 ? byte >> 4 : byte & 15) - 8) + 3;
+          sum += 2 * number(whole.values + i * whole.stride, bits, j, c) + 3;
         }
         const T expected = lk::from_float<T>(float(sum));
         expect(exact[i] == float(sum) && same<T>(&expected, sums + i, 1), "quantized sum", int(dtype_of<T>), n, c, bits);
@@ -93,7 +105,7 @@ void quantized_linear(int num_threads) {
 
 template <class T>
 void quantized_weight(int num_threads) {
-  const int64_t shapes[][3] = {{1, 2, 64}, {5, 84, 64}, {70, 1090, 128}, {3, 300, 4096}};
+  const int64_t shapes[][3] = {{1, 2, 64}, {5, 84, 64}, {70, 1090, 128}, {3, 300, 4096}, {2, 2018, 64}};
   for (const auto& [n, c, group] : shapes)
     for (int64_t bits : {8, 4}) {
       const int64_t stride = c + 1, bytes = c * bits / 8, groups = (c + group - 1) / group;
@@ -113,8 +125,7 @@ void quantized_weight(int num_threads) {
         double lost = 0, all = 0;
         bool near = true;
         for (int64_t i = 0; i < c; ++i) {
-          const uint8_t byte = one[i * bits / 8];
-          const int q = bits == 8 ? int8_t(byte) : (i % 2 ? byte >> 4 : byte & 15) - 8;
+          const int q = number(one, bits, i, c);
           const float step = lk::to_float(one_scale[i / group]), v = lk::to_float(x[i]), e = v - float(q) * step;
           near = near && std::fabs(e) <= std::fabs(step) * (q == 7 && bits == 4 ? 1.02f : 0.501f);
           lost += double(e) * e, all += double(v) * v;

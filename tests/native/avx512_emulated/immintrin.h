@@ -89,11 +89,17 @@ EMULATED __m256i low_halves(__m512i x) {
 EMULATED __m512i widen_u16(__m256i x) {
   return join<__m512i>(_mm256_cvtepu16_epi32(half<__m128i>(x, 0)), _mm256_cvtepu16_epi32(half<__m128i>(x, 1)));
 }
-EMULATED __m512i widen_i8(__m256i x) {
-  return join<__m512i>(_mm256_cvtepi8_epi16(half<__m128i>(x, 0)), _mm256_cvtepi8_epi16(half<__m128i>(x, 1)));
-}
 EMULATED __m512i widen_u8(__m256i x) {
   return join<__m512i>(_mm256_cvtepu8_epi16(half<__m128i>(x, 0)), _mm256_cvtepu8_epi16(half<__m128i>(x, 1)));
+}
+EMULATED __m512 permute(__m512i index, __m512 x) {
+  float from[16], to[16];
+  int32_t lanes[16];
+  memcpy(from, &x, sizeof(x));
+  memcpy(lanes, &index, sizeof(index));
+  for (int i = 0; i < 16; ++i) to[i] = from[lanes[i] & 15];
+  memcpy(&x, to, sizeof(x));
+  return x;
 }
 template <int kRounding>
 EMULATED __m512 round(__m512 x) {
@@ -162,6 +168,7 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_min_ps(a, b) emulated::min(a, b)
 #define _mm512_fmadd_ps(a, b, c) emulated::fma(a, b, c)
 #define _mm512_roundscale_ps(x, how) emulated::round<how>(x)
+#define _mm512_permutexvar_ps(index, x) emulated::permute(index, x)
 #define _mm512_cmp_ps_mask(a, b, predicate) emulated::compare<predicate>(a, b)
 #define _mm512_mask_mov_ps(a, mask, b) emulated::blend<__m512>(a, mask, b)
 #define _mm512_mask_mov_epi32(a, mask, b) emulated::blend<__m512i>(a, mask, b)
@@ -176,7 +183,6 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_cvtps_epi32(x) emulated::to_int(x)
 #define _mm512_cvtepi32_ps(x) emulated::from_int(x)
 #define _mm512_cvtepu16_epi32(x) emulated::widen_u16(x)
-#define _mm512_cvtepi8_epi16(x) emulated::widen_i8(x)
 #define _mm512_cvtepu8_epi16(x) emulated::widen_u8(x)
 #define _mm512_cvtepi32_epi16(x) emulated::low_halves(x)
 #define _mm512_cvtph_ps(x) emulated::from_half(x)
