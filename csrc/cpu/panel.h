@@ -43,13 +43,15 @@ LK_INLINE void strip_of_tile(const Product<T>& p, const T* w, int64_t ahead, Tot
   dot_tile<T, kRows, kCols, 1, kFetch>(w, p.w_stride, p.x, p.x_stride, p.c, ahead, Dot<T>::kChunk, out.data, out.stride);
 }
 
-// `tiles` tiles over the same, of kCols x rows or one less.
+// `tiles` tiles over the same, of kCols x rows or one less. Each asks for its share of the memory that is next, slowly; or,
+// with kEarly, for all of it.
 template <class T, int kRows, int kCols, int kFetch>
 LK_INLINE void strip_of_tiles(const Product<T>& p, const T* w, int64_t tiles, int64_t ahead, Totals out) {
   constexpr int64_t kChunk = Dot<T>::kChunk;
   constexpr int kStep = kChunk * sizeof(T) < kLine ? int(kLine / (kChunk * sizeof(T))) : 1;  // chunks
+  constexpr bool kShared = !(kFetch & kEarly);
   const int64_t narrow = tiles * kCols - p.m;
-  const int64_t share = p.c / tiles, step = kStep * kChunk / tiles;
+  const int64_t share = kShared ? p.c / tiles : 0, step = kStep * kChunk / (kShared ? tiles : 1);
   int64_t row = 0;
   for (int64_t t = narrow; t < tiles; ++t, row += kCols, ahead += share)
     dot_tile<T, kRows, kCols, kStep, kFetch>(w, p.w_stride, p.x + row * p.x_stride, p.x_stride, p.c, ahead, step,
@@ -60,21 +62,23 @@ LK_INLINE void strip_of_tiles(const Product<T>& p, const T* w, int64_t tiles, in
                                                    step, out.data + row * out.stride, out.stride);
 }
 
-// Weight rows [n, n + kRows) against all x rows, cut into tiles of nearly equal width: kCols or one less. Each fetches its
-// share of the rows from `next` on. Which requests pay was measured (benchmarks/NOTES.md, "Prefetches are dropped").
+// Weight rows [n, n + kRows) against all x rows, cut into tiles of nearly equal width: kCols or one less. Meanwhile the rows
+// from `next` on are fetched. Which requests pay was measured (benchmarks/NOTES.md, "Prefetches are dropped").
 template <class T, int kRows, int kCols>
 LK_INLINE void strip(const Product<T>& p, int64_t n, int64_t next, Totals out) {
+  constexpr bool kWholeLines = Dot<T>::kChunk * sizeof(T) >= kLine;
   const T* w = p.w + n * p.w_stride;
-  const int64_t ahead = (next - n) * p.w_stride;
-  if (p.m == kCols) {
-    if constexpr (Dot<T>::kChunk * sizeof(T) >= kLine) {
+  const int64_t ahead = (next - n) * p.w_stride, tiles = (p.m + kCols - 1) / kCols;
+  if (tiles == 1) {
+    if constexpr (kWholeLines) {
       if (p.c * int64_t(sizeof(T)) <= kShortRow) return strip_of_tile<T, kRows, kCols, kEarly>(p, w, ahead, out);
       return strip_of_tile<T, kRows, kCols, kEarly | kAgain>(p, w, ahead, out);
     } else {
       return strip_of_tile<T, kRows, kCols, 0>(p, w, ahead, out);
     }
   }
-  const int64_t tiles = (p.m + kCols - 1) / kCols;
+  if constexpr (kWholeLines)
+    if (tiles == 2) return strip_of_tiles<T, kRows, kCols, kEarly>(p, w, tiles, ahead, out);
   if (kCols == kMaxCols && tiles < 4) return strip_of_tiles<T, kRows, kCols, kAgain>(p, w, tiles, ahead, out);
   strip_of_tiles<T, kRows, kCols, kAgain | kEveryOther>(p, w, tiles, ahead, out);
 }

@@ -60,15 +60,14 @@ LK_INLINE float sum(vf x) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-LK_INLINE __m128 quarter_sums(vf x) {
-  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-}
 LK_INLINE void sum4(vf a, vf b, vf c, vf d, float* sums) {
-  const __m128 s[4] = {quarter_sums(a), quarter_sums(b), quarter_sums(c), quarter_sums(d)};
-  const __m128 ab = _mm_add_ps(_mm_movelh_ps(s[0], s[1]), _mm_movehl_ps(s[1], s[0]));
-  const __m128 cd = _mm_add_ps(_mm_movelh_ps(s[2], s[3]), _mm_movehl_ps(s[3], s[2]));
-  _mm_storeu_ps(sums, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+  const vf ab = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));  // halves: of a, of b
+  const vf cd = add(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+  const vf quarters = add(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));  // of a, b, c, d
+  const vf eighths = add(quarters, _mm512_shuffle_ps(quarters, quarters, 0x4e));
+  alignas(64) static constexpr int32_t kFirst[kWidth] = {0, 4, 8, 12};
+  const vf all = permute(add(eighths, _mm512_shuffle_ps(eighths, eighths, 0xb1)), kFirst);
+  _mm_storeu_ps(sums, _mm512_castps512_ps128(all));
 }
 LK_INLINE float max_of(vf x) {
   const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));

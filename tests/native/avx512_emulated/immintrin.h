@@ -92,6 +92,20 @@ EMULATED __m512i widen_u16(__m256i x) {
 EMULATED __m512i widen_u8(__m256i x) {
   return join<__m512i>(_mm256_cvtepu8_epi16(half<__m128i>(x, 0)), _mm256_cvtepu8_epi16(half<__m128i>(x, 1)));
 }
+// Of each kWide lanes four elements, the first two from a and the others from b; two bits of kWhich for each say which.
+template <int kWide, int kWhich>
+EMULATED __m512 shuffle(__m512 a, __m512 b) {
+  float from[2][16], to[16];
+  memcpy(from[0], &a, sizeof(a));
+  memcpy(from[1], &b, sizeof(b));
+  constexpr int kElement = kWide / 4;  // lanes that move together
+  for (int i = 0; i < 16; ++i) {
+    const int element = i % kWide / kElement, first = i / kWide * kWide;
+    to[i] = from[element / 2][first + (kWhich >> 2 * element & 3) * kElement + i % kElement];
+  }
+  memcpy(&a, to, sizeof(a));
+  return a;
+}
 EMULATED __m512 permute(__m512i index, __m512 x) {
   float from[16], to[16];
   int32_t lanes[16];
@@ -168,6 +182,9 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_min_ps(a, b) emulated::min(a, b)
 #define _mm512_fmadd_ps(a, b, c) emulated::fma(a, b, c)
 #define _mm512_roundscale_ps(x, how) emulated::round<how>(x)
+#define _mm512_shuffle_f32x4(a, b, which) emulated::shuffle<16, which>(a, b)
+#define _mm512_shuffle_ps(a, b, which) emulated::shuffle<4, which>(a, b)
+#define _mm512_castps512_ps128(x) emulated::half<__m128>(x, 0)
 #define _mm512_permutexvar_ps(index, x) emulated::permute(index, x)
 #define _mm512_cmp_ps_mask(a, b, predicate) emulated::compare<predicate>(a, b)
 #define _mm512_mask_mov_ps(a, mask, b) emulated::blend<__m512>(a, mask, b)
