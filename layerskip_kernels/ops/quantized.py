@@ -9,6 +9,7 @@ from layerskip_kernels import memory, registry
 from layerskip_kernels.ops import _check
 
 BLOCK = 64  # columns that share an activation scale; a weight's group is a multiple of it
+LANES = 16  # of a vector: see `stored`
 
 
 class QuantizedWeight(NamedTuple):
@@ -16,9 +17,9 @@ class QuantizedWeight(NamedTuple):
 
     `small_linear`, `exit_head` and `decoder_stack` take it in place of a weight tensor. They round the activations, per
     row and block of 64 columns, to 16-bit integers with a power of two as scale, 2^(⌊log2 max|x|⌋ - 14): bfloat16
-    values down to 1/128 of the block's largest stay as they are. Products are summed exactly within a block, blocks in
-    rising order in float32. A block whose largest is below 2^-100 counts as zero; a row with NaN or infinity in it
-    becomes NaN.
+    values down to 1/128 of the block's largest stay as they are. Products of one lane (see `stored`), at most 64, are
+    summed exactly, lanes and units in a fixed order in float32. A block whose largest is below 2^-100 counts as zero; a
+    row with NaN or infinity in it becomes NaN.
     """
 
     values: torch.Tensor  # int8 [N, C], or uint8 [N, C / 2] with two of q + 8 in a byte, in the order of `stored`
@@ -93,7 +94,7 @@ def _implementation(weight: torch.Tensor) -> Callable:
 def unset(weight: torch.Tensor, bits: int, group: int) -> QuantizedWeight:
     """Memory for `weight` in `bits`, contents undefined."""
     rows, width = weight.shape
-    values = memory.empty((rows, width * bits // 8), torch.int8 if bits == 8 else torch.uint8, weight.device)
+    values = _empty(rows, width, bits, weight.device)
     return QuantizedWeight(values, weight.new_empty(rows, -(-width // group), dtype=torch.bfloat16), group)
 
 
@@ -111,19 +112,6 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> t
     return w if offset is None else w + spread(offset, group, width, dtype)
 
 
-LANES = 16
-
-
-def _units(width: int) -> Iterator[tuple[int, int, int]]:
-    """(first column, one behind the last, steps) of each unit of a row, and what is left after them as one of one."""
-    first = 0
-    while first < width:
-        steps = min(LANES, 1 << max((width - first) // BLOCK, 1).bit_length() - 1)
-        last = min(first + steps * BLOCK, width)
-        yield first, last, steps
-        first = last
-
-
 def stored(q: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 [N, C] -> `QuantizedWeight.values`: columns in the order in which the kernels' vectors take them.
 
@@ -134,20 +122,16 @@ def stored(q: torch.Tensor, bits: int) -> torch.Tensor:
     nibble and the next step in the high one; in a unit of one block and in what is left, columns 2i and 2i + 1.
     """
     rows, width = q.shape
-    values = q.new_empty(rows, width * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    values = _empty(rows, width, bits, q.device)
     for first, last, steps in _units(width):
         part = q[:, first:last]
         if steps > 1:
             part = part.reshape(rows, LANES, steps, 4).transpose(1, 2)
         if bits == 4:
-            low, high = (part + 8).to(torch.uint8).reshape(rows, *_PAIRS[steps > 1]).unbind(2)
+            low, high = (part + 8).to(torch.uint8).reshape(rows, -1, 2, _apart(steps)).unbind(2)
             part = low | high << 4
         values[:, first * bits // 8 : last * bits // 8] = part.reshape(rows, -1)
     return values
-
-
-# How the two numbers of a byte lie in their unit: [.., 2, ..] of columns, or of steps.
-_PAIRS = {False: (-1, 2), True: (-1, 2, LANES * 4)}
 
 
 def numbers(values: torch.Tensor) -> torch.Tensor:
@@ -158,12 +142,31 @@ def numbers(values: torch.Tensor) -> torch.Tensor:
     for first, last, steps in _units(width):
         part = values[:, first * bits // 8 : last * bits // 8]
         if bits == 4:
-            part = part.reshape(rows, -1, *_PAIRS[steps > 1][2:])
+            part = part.reshape(rows, -1, _apart(steps))
             part = torch.stack((part & 15, part >> 4), 2).to(torch.int8) - 8
         if steps > 1:
             part = part.reshape(rows, steps, LANES, 4).transpose(1, 2)
         q[:, first:last] = part.reshape(rows, -1)
     return q
+
+
+def _units(width: int) -> Iterator[tuple[int, int, int]]:
+    """(first column, one behind the last, steps) of each unit of a row, and of what is left after them."""
+    first = 0
+    while first < width:
+        steps = min(LANES, 1 << max((width - first) // BLOCK, 1).bit_length() - 1)
+        last = min(first + steps * BLOCK, width)
+        yield first, last, steps
+        first = last
+
+
+def _apart(steps: int) -> int:
+    """How far apart the two numbers of a byte are in a unit."""
+    return LANES * 4 if steps > 1 else 1
+
+
+def _empty(rows: int, width: int, bits: int, device: torch.device) -> torch.Tensor:
+    return memory.empty((rows, width * bits // 8), torch.int8 if bits == 8 else torch.uint8, device)
 
 
 def spread(per_group: torch.Tensor, group: int, width: int, dtype: torch.dtype) -> torch.Tensor:
