@@ -2,7 +2,6 @@
 
 #include "cpu/ops.h"
 #include "cpu/quantized_dot.h"
-#include "cpu/quantized_unit.h"
 #include "cpu/thread_pool.h"
 
 namespace lk::LK_VARIANT {
@@ -43,14 +42,17 @@ LK_INLINE void write(const int32_t (&q)[kBlock], const Unit& unit, int64_t block
   }
   constexpr int64_t kSteps = 8 / kBits;  // in a byte
   for (int64_t i = 0; i < kBlock; ++i) bytes[i] = uint8_t(kBits == 8 ? q[i] : q[i] + 8);
-  for (int64_t i = 0; i < kBlock / 4; i += kSteps) {
-    const Place place = place_of(unit, block, i);
-    uint32_t four, next;
-    memcpy(&four, bytes + 4 * i, 4);
-    memcpy(&next, bytes + 4 * (i + kSteps - 1), 4);
-    if (kBits == 4) four |= next << 4;
-    memcpy(row + unit.first * kBytes + (place.step / kSteps * kLanes + place.lane) * 4, &four, 4);
-  }
+  const int64_t lanes = kLanes / unit.blocks;  // of the block
+  uint8_t* to = row + unit.first * kBytes + (block - unit.first) * lanes * 4;
+  const uint8_t* from = bytes;
+  for (int64_t lane = 0; lane < lanes; ++lane, to += 4)
+    for (int64_t step = 0; step < unit.blocks / kSteps; ++step, from += 4 * kSteps) {
+      uint32_t four, next;
+      memcpy(&four, from, sizeof(four));
+      memcpy(&next, from + 4 * (kSteps - 1), sizeof(next));
+      if (kBits == 4) four |= next << 4;
+      memcpy(to + step * kLanes * 4, &four, sizeof(four));
+    }
 }
 
 // Sums of squares, in double so that neither the smallest nor the largest numbers lose theirs.

@@ -7,11 +7,10 @@
 #pragma once
 
 #include "cpu/dot.h"
+#include "cpu/quantized_unit.h"
 
 namespace lk::LK_VARIANT {
 
-constexpr int64_t kBlock = 64;
-constexpr int kLanes = 16;                // of a step
 constexpr int kWords = 2 * kWidth;        // 16-bit lanes of a vector
 constexpr int kHalves = kLanes / kWidth;  // vectors of a step; each is gone through by itself
 

@@ -1,7 +1,6 @@
 #include "cpu/quantized_panel.h"
 
 #include "cpu/quantized_dot.h"
-#include "cpu/quantized_unit.h"
 #include "cpu/workspace.h"
 
 namespace lk::LK_VARIANT {
@@ -11,7 +10,6 @@ namespace {
 constexpr int64_t kPackedBytes = (kRegisters >= 24 ? 64 : 16) << 10;
 constexpr int64_t kMostUnits = kPackedBytes / (kBlock * int64_t(sizeof(int16_t))) / kLanes + 5;  // of these columns
 constexpr float kSmallest = 0x1p-100f;
-
 constexpr int kMostCols = kRegisters >= 24 ? 6 : 4;  // x rows of a register tile, at most
 
 // Weight rows of a register tile with `cols` x rows.
@@ -25,24 +23,28 @@ struct Columns {
   alignas(64) int32_t lanes[kHalves][kWidth];
 };
 
-Columns columns_of(const Unit& unit, int64_t c, int64_t per_group, int64_t groups) {
-  Columns all{unit, unit.blocks * kBlock, {}, {}, {}};
-  if (all.count > c - unit.first * kBlock) all.count = c - unit.first * kBlock;
-  const int64_t before = unit.first % per_group;
+LK_INLINE void columns_of(const Unit& unit, int64_t c, int64_t per_group, int64_t groups, Columns* all) {
+  const int64_t left = c - unit.first * kBlock;
+  all->unit = unit;
+  all->count = left < unit.blocks * kBlock ? left : unit.blocks * kBlock;
   for (int h = 0; h < kHalves; ++h) {
-    const auto group = [&](int64_t lane) { return (before + (h * kWidth + lane) * unit.blocks / kLanes) / per_group; };
-    const int64_t first = unit.first / per_group + group(0);
-    // A whole vector where a row has so many, as this takes less time.
-    all.first[h] = groups < kWidth || first + kWidth <= groups ? first : groups - kWidth;
-    all.scales[h] = groups < kWidth ? groups - first : kWidth;
-    const int64_t skipped = first - all.first[h];
-    if (per_group == 1)  // without divisions, as every call does this
-      for (int l = 0; l < kWidth; ++l) all.lanes[h][l] = int32_t(skipped + l * unit.blocks / kLanes);
-    else
-      for (int l = 0; l < kWidth; ++l) all.lanes[h][l] = int32_t(skipped + group(l) - group(0));
+    const auto group = [&](int64_t lane) {
+      const int64_t block = unit.first + ((h * kWidth + lane) * unit.blocks >> 4);
+      return per_group == 1 ? block : block / per_group;  // divisions take time, and every call does this
+    };
+    // A whole vector where a row has so many, as this takes less time, too.
+    const int64_t first = group(0);
+    all->first[h] = groups < kWidth || first + kWidth <= groups ? first : groups - kWidth;
+    all->scales[h] = groups < kWidth ? groups - first : kWidth;
+    if (per_group == 1) {
+      const int32_t skipped = int32_t(first - all->first[h]), blocks = int32_t(unit.blocks);
+      for (int32_t l = 0; l < kWidth; ++l) all->lanes[h][l] = skipped + (l * blocks >> 4);
+    } else {
+      for (int l = 0; l < kWidth; ++l) all->lanes[h][l] = int32_t(group(l) - all->first[h]);
+    }
   }
-  return all;
 }
+static_assert(kLanes == 1 << 4);
 
 // What a pass over the columns [blocks from first to last) of some weight rows needs.
 struct Span {
@@ -176,7 +178,7 @@ void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, T
   constexpr int kRows = rows_of(kCols);
   const int64_t blocks = x.blocks(), count = end - begin;
   const int64_t per_group = w.quantization.group / kBlock, size = scale_size(w.quantization);
-  const int64_t groups = (blocks + per_group - 1) / per_group;
+  const int64_t groups = per_group == 1 ? blocks : (blocks + per_group - 1) / per_group;
   int64_t step = kPackedBytes / (x.m * kBlock * int64_t(sizeof(int16_t))) / kLanes * kLanes;
   if (step < kLanes) step = kLanes;
   if (step > blocks) step = blocks;
@@ -191,7 +193,7 @@ void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, T
     Columns columns[kMostUnits];
     int64_t count_units = 0;
     for (int64_t block = first; block < last; block += columns[count_units++].unit.blocks)
-      columns[count_units] = columns_of(unit_from(block, x.whole()), x.c, per_group, groups);
+      columns_of(unit_from(block, x.whole()), x.c, per_group, groups, columns + count_units);
     const Span span{x, static_cast<const uint8_t*>(w.data), w.stride, w.quantization, first, unit, count_units, columns};
     unit += count_units;
     // Where the rows `lead` ahead lie: in these columns, in the next ones of the first rows, or in the next rows.

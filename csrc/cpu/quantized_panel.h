@@ -2,13 +2,14 @@
 #pragma once
 
 #include "cpu/panel.h"
+#include "cpu/quantized_unit.h"
 
 namespace lk::LK_VARIANT {
 
 // Of the 16 lanes of a unit: the scales of packed x, and the sums of its integers.
 struct PackedLanes {
-  float scales[16];
-  int32_t sums[16];
+  float scales[kLanes];
+  int32_t sums[kLanes];
 };
 
 // x rows as products with quantized weights take them: 16-bit integers [steps, m, 64] (a block has one step; see
@@ -24,10 +25,14 @@ struct QuantizedRows {
   // Dot products of every x row and the weight rows [begin, end). Rows up to w.n are likely to be this thread's next.
   void panel(const Matrix& w, int64_t begin, int64_t end, Totals out) const;
 
-  int64_t whole() const { return c / 64; }
-  int64_t blocks() const { return (c + 63) / 64; }
-  int64_t units() const { return whole() / 16 + __builtin_popcountll(uint64_t(whole() % 16)) + (c % 64 ? 1 : 0); }
-  int16_t* words_of(int64_t step, int64_t row) const { return reinterpret_cast<int16_t*>(data) + (step * m + row) * 64; }
+  int64_t whole() const { return c / kBlock; }
+  int64_t blocks() const { return (c + kBlock - 1) / kBlock; }
+  int64_t units() const {
+    return whole() / kLanes + __builtin_popcountll(uint64_t(whole() % kLanes)) + (c % kBlock ? 1 : 0);
+  }
+  int16_t* words_of(int64_t step, int64_t row) const {
+    return reinterpret_cast<int16_t*>(data) + (step * m + row) * kBlock;
+  }
   PackedLanes* lanes_of(int64_t unit, int64_t row) const {
     return reinterpret_cast<PackedLanes*>(words_of(blocks(), 0)) + unit * m + row;
   }

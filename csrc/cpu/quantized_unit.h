@@ -3,7 +3,12 @@
 
 #include <cstdint>
 
-namespace lk {
+#include "cpu/simd.h"
+
+namespace lk::LK_VARIANT {
+
+constexpr int64_t kBlock = 64;  // columns that share a scale of x; a group of a weight has one or more of them
+constexpr int kLanes = 16;      // of a unit, and its most blocks
 
 // Blocks [first, first + blocks) of a row.
 struct Unit {
@@ -11,26 +16,17 @@ struct Unit {
 };
 
 // The unit that starts at block `first` of a row of `whole` whole blocks. What is left after these counts as one of one.
-inline Unit unit_from(int64_t first, int64_t whole) {
-  int64_t blocks = 16;
+LK_INLINE Unit unit_from(int64_t first, int64_t whole) {
+  int64_t blocks = kLanes;
   while (blocks > 1 && blocks > whole - first) blocks /= 2;
   return {first, blocks};
 }
 
 // The unit that `block` belongs to.
-inline Unit unit_of(int64_t block, int64_t whole) {
-  Unit unit = unit_from(block / 16 * 16, whole);
+LK_INLINE Unit unit_of(int64_t block, int64_t whole) {
+  Unit unit = unit_from(block / kLanes * kLanes, whole);
   while (unit.first + unit.blocks <= block) unit = unit_from(unit.first + unit.blocks, whole);
   return unit;
 }
 
-// Where in its unit four columns are stored, the i-th four of `block`.
-struct Place {
-  int64_t step, lane;
-};
-inline Place place_of(const Unit& unit, int64_t block, int64_t i) {
-  const int64_t lanes = 16 / unit.blocks;  // of a block
-  return {i % unit.blocks, (block - unit.first) * lanes + i / unit.blocks};
-}
-
-}  // namespace lk
+}  // namespace lk::LK_VARIANT

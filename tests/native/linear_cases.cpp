@@ -51,14 +51,12 @@ void linear(int num_threads) {
 
 // What a quantized row of c columns has in column i.
 int number(const uint8_t* row, int64_t bits, int64_t i, int64_t c) {
-  const int64_t block = i / 64, left = c / 64 - block;
-  const lk::Unit unit = lk::unit_of(block, c / 64);
-  const lk::Place place = lk::place_of(unit, block, i % 64 / 4);
+  const lk::LK_VARIANT::Unit unit = lk::LK_VARIANT::unit_of(i / 64, c / 64);
+  const int64_t within = i - unit.first * 64, lane = within / (4 * unit.blocks), step = within / 4 % unit.blocks;
   const auto nibble = [](uint8_t byte, int64_t high) { return (high ? byte >> 4 : byte & 15) - 8; };
-  if (left <= 0 || unit.blocks == 1) return bits == 8 ? int8_t(row[i]) : nibble(row[i / 2], i % 2);
-  const int64_t at = place.lane * 4 + i % 4;
-  if (bits == 8) return int8_t(row[unit.first * 64 + place.step * 64 + at]);
-  return nibble(row[unit.first * 32 + place.step / 2 * 64 + at], place.step % 2);
+  if (unit.blocks == 1) return bits == 8 ? int8_t(row[i]) : nibble(row[i / 2], i % 2);
+  if (bits == 8) return int8_t(row[unit.first * 64 + step * 64 + lane * 4 + i % 4]);
+  return nibble(row[unit.first * 32 + step / 2 * 64 + lane * 4 + i % 4], step % 2);
 }
 
 template <class T>
