@@ -6,8 +6,9 @@
 namespace lk::LK_VARIANT {
 namespace {
 
-// Packed x that weight rows are multiplied with before the next columns are: it stays in the second-level cache.
-constexpr int64_t kPackedBytes = (kRegisters >= 24 ? 64 : 16) << 10;
+// Packed x that weight rows are multiplied with before the next columns are: it stays in the second-level cache, or with
+// tiles of fewer x rows, which read it faster, in the first.
+constexpr int64_t kPackedBytes = (kRegisters >= 24 ? 128 : 16) << 10;
 constexpr int64_t kMostUnits = kPackedBytes / (kBlock * int64_t(sizeof(int16_t))) / kLanes + 5;  // of these columns
 constexpr float kSmallest = 0x1p-100f;
 constexpr int kMostCols = kRegisters >= 24 ? 6 : 4;  // x rows of a register tile, at most
@@ -92,9 +93,8 @@ __attribute__((noinline)) void add_offsets(const Quantization& q, int64_t n, con
 template <int kBits, int kRows, int kCols>
 void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
   constexpr int64_t kBytes = Stored<kBits>::kBytes, kSteps = Stored<kBits>::kSteps;
-  constexpr int kEarlyCols = kRegisters < 24 ? 1 : kBits == 8 ? 3 : 2;
-  constexpr int kAgainCols = kBits == 4 ? 0 : kRegisters < 24 ? 1 : 6;
-  const bool again = s.x.m == kCols;  // otherwise the tiles of a strip ask for the same
+  constexpr int kEarlyCols = kRegisters < 24 ? 1 : kMostCols, kAgainCols = kBits == 4 ? 0 : kEarlyCols;
+  const bool alone = s.x.m == kCols;  // otherwise the tiles of a strip ask for the same
   const int64_t x_step = s.x.m * kBlock, w_stride = s.w_stride;
   const int64_t size = scale_size(s.q), scale_stride = s.q.scale_stride * size;
   const bool narrow = s.q.scale_dtype == int64_t(DType::bf16);
@@ -115,14 +115,14 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
         LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(fetch + j * w_stride + distance);
       };
       const auto ask_early = [&]() __attribute__((always_inline)) {
-        if constexpr (kCols <= kEarlyCols) ask(ahead.bytes);
+        if (kCols <= kEarlyCols && alone) ask(ahead.bytes);
         ask(0);
       };
       if (columns->unit.blocks > 1 || (kBits == 8 && columns->count == kBlock)) {
 #pragma GCC unroll 1
         for (int64_t i = columns->unit.blocks / kSteps; i > 0; --i) {
           ask_early();
-          if (kCols <= kAgainCols && again) ask(-8 * kBytes);
+          if (kCols <= kAgainCols && alone) ask(-8 * kBytes);
           add_steps<kBits>(dots, w, w_stride, x, x_step);
           w += kSteps * kBytes, x += kSteps * x_step, fetch += kSteps * kBytes;
         }
