@@ -114,14 +114,14 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
       const auto ask = [&](int64_t distance) __attribute__((always_inline)) {
         LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(fetch + j * w_stride + distance);
       };
-      const auto ask_early = [&]() __attribute__((always_inline)) {
+      const auto ask_ahead = [&]() __attribute__((always_inline)) {
         if (kCols <= kEarlyCols && alone) ask(ahead.bytes);
         ask(0);
       };
       if (columns->unit.blocks > 1 || (kBits == 8 && columns->count == kBlock)) {
 #pragma GCC unroll 1
         for (int64_t i = columns->unit.blocks / kSteps; i > 0; --i) {
-          ask_early();
+          ask_ahead();
           if (kCols <= kAgainCols && alone) ask(-8 * kBytes);
           add_steps<kBits>(dots, w, w_stride, x, x_step);
           w += kSteps * kBytes, x += kSteps * x_step, fetch += kSteps * kBytes;
@@ -129,7 +129,7 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
       } else {
         // A block of columns in order: of 4 bits, or less than a whole one.
         alignas(64) uint8_t last[kRows][kBytes] = {};
-        ask_early();
+        ask_ahead();
         const uint8_t* from = row;
         int64_t stride = w_stride;
         if (columns->count < kBlock) {
@@ -208,7 +208,7 @@ void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, T
     };
     int64_t n = begin;
     for (; n + kRows <= end; n += kRows) strip<kBits, kRows, kCols>(span, n, ahead(n), sums + (n - begin) * kHalves);
-    for (; n < end; ++n) strip<kBits, 1, kCols>(span, n, ahead(n), sums + (n - begin) * kHalves);
+    for (; n < end; ++n) strip<kBits, 1, 1>(span, n, ahead(n), sums + (n - begin) * kHalves);
   }
   for (int64_t i = 0; i < x.m; ++i) {
     const vf* v = sums + i * kTileRows * kHalves;
