@@ -117,7 +117,7 @@ def test_a_row_depends_on_itself_alone(kernels, dtype, shape):
     poisoned[1::2] = float("nan")
     for threads in (1, 2):
         with num_threads(threads):
-            for rows in (2, 3, 5, 8, 16, 33):
+            for rows in (*range(2, 14), 16, 33):
                 assert same_bits(small_linear(x[:rows], w, bias=b), alone[:rows]), f"{rows} rows, {threads} threads"
             assert same_bits(small_linear(strided(x), strided(w), bias=b), alone)
             assert same_bits(small_linear(poisoned, w, bias=b)[::2], alone[::2])

@@ -150,6 +150,7 @@ LK_INLINE typename Dot<T>::Vector add_part(vf (&sums)[kRows][kCols], typename Do
     LK_UNROLL for (int j = 0; j < kRows; ++j) w[j] = first = D::template part<kPart>(p + j * w_stride, first);
     LK_UNROLL for (int i = 0; i < kCols; ++i) {
       v[i] = D::load_x(x + i * x_stride);
+      if constexpr (kRows == 3) asm("" ::: "memory");  // or else the compiler loads it again for each weight row
       LK_UNROLL for (int j = 0; j < kRows; ++j) sums[j][i] = D::multiply_add(sums[j][i], w[j], v[i]);
     }
   } else {

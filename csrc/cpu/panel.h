@@ -7,7 +7,7 @@
 
 namespace lk::LK_VARIANT {
 
-constexpr int kMaxCols = 4;             // x rows of a register tile
+constexpr int kMaxCols = kRegisters >= 24 ? 8 : 4;  // x rows of a register tile
 constexpr int64_t kMaxPackedRows = 64;  // x rows per pass over the weights
 constexpr int64_t kTileRows = 24;       // a multiple of every tile's weight rows
 constexpr size_t kLine = 64;            // bytes of a cache line
@@ -20,6 +20,9 @@ constexpr int rows_of_tile(int cols) {
   const int most = cols == 1 ? 6 : 8;
   return kRegisters / cols < most ? kRegisters / cols : most;
 }
+
+// Of `m` x rows, at most how many are in one tile. Where they all are, weights are read once, and memory is waited for least.
+constexpr int64_t most_cols(int64_t m) { return kMaxCols <= 4 || m > 12 ? 4 : m > 8 ? 6 : kMaxCols; }
 
 template <class T>
 struct Product {
@@ -69,18 +72,22 @@ LK_INLINE void strip(const Product<T>& p, int64_t n, int64_t next, Totals out) {
   constexpr bool kWholeLines = Dot<T>::kChunk * sizeof(T) >= kLine;
   const T* w = p.w + n * p.w_stride;
   const int64_t ahead = (next - n) * p.w_stride, tiles = (p.m + kCols - 1) / kCols;
-  if (tiles == 1) {
+  constexpr bool kAlone = kCols < 3 || kCols > 6;  // in most_cols() and panel()
+  if (kAlone || tiles == 1) {
     if constexpr (kWholeLines) {
-      if (p.c * int64_t(sizeof(T)) <= kShortRow) return strip_of_tile<T, kRows, kCols, kEarly>(p, w, ahead, out);
+      if (kCols <= 6 && p.c * int64_t(sizeof(T)) <= kShortRow)
+        return strip_of_tile<T, kRows, kCols, kEarly>(p, w, ahead, out);
       return strip_of_tile<T, kRows, kCols, kEarly | kAgain>(p, w, ahead, out);
     } else {
       return strip_of_tile<T, kRows, kCols, 0>(p, w, ahead, out);
     }
   }
-  if constexpr (kWholeLines)
-    if (tiles == 2) return strip_of_tiles<T, kRows, kCols, kEarly>(p, w, tiles, ahead, out);
-  if (kCols == kMaxCols && tiles < 4) return strip_of_tiles<T, kRows, kCols, kAgain>(p, w, tiles, ahead, out);
-  strip_of_tiles<T, kRows, kCols, kAgain | kEveryOther>(p, w, tiles, ahead, out);
+  if constexpr (!kAlone) {
+    if constexpr (kWholeLines)
+      if (kCols > 4 || tiles == 2) return strip_of_tiles<T, kRows, kCols, kEarly>(p, w, tiles, ahead, out);
+    if (kCols == 4 && tiles < 4) return strip_of_tiles<T, kRows, kCols, kAgain>(p, w, tiles, ahead, out);
+    strip_of_tiles<T, kRows, kCols, kAgain | kEveryOther>(p, w, tiles, ahead, out);
+  }
 }
 
 template <class T, int kCols>
@@ -96,12 +103,21 @@ static void panel_of(const Product<T>& p, int64_t begin, int64_t end, int64_t li
 // Dot products of every x row and the weight rows [begin, end). Rows up to `limit` are likely to be this thread's next.
 template <class T>
 LK_INLINE void panel(const Product<T>& p, int64_t begin, int64_t end, int64_t limit, Totals out) {
-  const int64_t tiles = (p.m + kMaxCols - 1) / kMaxCols;
-  switch ((p.m + tiles - 1) / tiles) {  // so that at most `tiles` tiles are one narrower
+  const int64_t most = most_cols(p.m), tiles = (p.m + most - 1) / most;
+  const int64_t cols = (p.m + tiles - 1) / tiles;  // so that at most `tiles` tiles are one narrower
+  switch (cols) {
     case 1: return panel_of<T, 1>(p, begin, end, limit, out);
     case 2: return panel_of<T, 2>(p, begin, end, limit, out);
     case 3: return panel_of<T, 3>(p, begin, end, limit, out);
     case 4: return panel_of<T, 4>(p, begin, end, limit, out);
+  }
+  if constexpr (kMaxCols > 4) {
+    switch (cols) {
+      case 5: return panel_of<T, 5>(p, begin, end, limit, out);
+      case 6: return panel_of<T, 6>(p, begin, end, limit, out);
+      case 7: return panel_of<T, 7>(p, begin, end, limit, out);
+      case 8: return panel_of<T, 8>(p, begin, end, limit, out);
+    }
   }
 }
 

@@ -11,10 +11,10 @@ namespace {
 constexpr int64_t kPackedBytes = (kRegisters >= 24 ? 128 : 16) << 10;
 constexpr int64_t kMostUnits = kPackedBytes / (kBlock * int64_t(sizeof(int16_t))) / kLanes + 5;  // of these columns
 constexpr float kSmallest = 0x1p-100f;
-constexpr int kMostCols = kRegisters >= 24 ? 6 : 4;  // x rows of a register tile, at most
+constexpr int kMostCols = kRegisters >= 24 ? 8 : 4;  // x rows of a register tile, at most
 
 // Weight rows of a register tile with `cols` x rows.
-constexpr int rows_of(int cols) { return cols < 3 || kRegisters >= 24 ? 4 : 2; }
+constexpr int rows_of(int cols) { return cols > 6 ? 3 : cols < 3 || kRegisters >= 24 ? 4 : 2; }
 
 // A unit of columns, and where its lanes find their scales: lane l of half h at first[h] + lanes[h][l] of a row.
 struct Columns {
@@ -86,14 +86,14 @@ __attribute__((noinline)) void add_offsets(const Quantization& q, int64_t n, con
 }
 
 // Adds to the vectors sums[(i * kTileRows + j) * kHalves + h] the products of weight row n + j and packed row m + i, over
-// the span's columns; what they add up to once all columns are done is the dot product. For every tile and span one vector
-// per product and half, units in rising order: neither can change a bit. Meanwhile values and scales `ahead` are fetched:
-// of the scales the processor by itself fetches too late. Where memory is what a tile waits for, it asks for values twice or
-// three times, as some requests are dropped (see dot.h).
+// the span's columns, or begins them where those are a row's first; what they add up to once all columns are done is the dot
+// product. For every tile and span one vector per product and half, units in rising order: neither can change a bit.
+// Meanwhile values and scales `ahead` are fetched: of the scales the processor by itself fetches too late. Where memory is
+// what a tile waits for, it asks for values twice or three times, as some requests are dropped (see dot.h).
 template <int kBits, int kRows, int kCols>
 void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
   constexpr int64_t kBytes = Stored<kBits>::kBytes, kSteps = Stored<kBits>::kSteps;
-  constexpr int kEarlyCols = kRegisters < 24 ? 1 : kMostCols, kAgainCols = kBits == 4 ? 0 : kEarlyCols;
+  constexpr int kEarlyCols = kRegisters < 24 ? 1 : kMostCols, kAgainCols = kBits == 4 ? 0 : kRegisters < 24 ? 1 : 6;
   const bool alone = s.x.m == kCols;  // otherwise the tiles of a strip ask for the same
   const int64_t x_step = s.x.m * kBlock, w_stride = s.w_stride;
   const int64_t size = scale_size(s.q), scale_stride = s.q.scale_stride * size;
@@ -142,18 +142,26 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
           add_nibbles(dots, from + half * kWords, stride, x);
       }
       const char* scales = static_cast<const char*>(s.q.scale) + n * scale_stride + columns->first[half] * size;
-      vf x_scales[kCols];
-      LK_UNROLL for (int i = 0; i < kCols; ++i) x_scales[i] = load(lanes[i].scales + half * kWidth);
-      vf* to = sums + half;
-      LK_UNROLL for (int j = 0; j < kRows; ++j, scales += scale_stride, to += kHalves) {
+      vf w_scales[kRows], x_scales[kCols];
+      LK_UNROLL for (int j = 0; j < kRows; ++j, scales += scale_stride) {
         if (half == 0) prefetch_l2(scales + ahead.scale_bytes);
-        const vf scale = narrow ? of_lanes(reinterpret_cast<const bf16*>(scales), *columns, half)
-                                : of_lanes(reinterpret_cast<const float*>(scales), *columns, half);
-        LK_UNROLL for (int i = 0; i < kCols; ++i) {
-          vf& sum = to[i * kTileRows * kHalves];
-          sum = accumulate(sum, __builtin_convertvector(dots[j][i], vf), mul(scale, x_scales[i]));
-        }
+        w_scales[j] = narrow ? of_lanes(reinterpret_cast<const bf16*>(scales), *columns, half)
+                             : of_lanes(reinterpret_cast<const float*>(scales), *columns, half);
       }
+      LK_UNROLL for (int i = 0; i < kCols; ++i) x_scales[i] = load(lanes[i].scales + half * kWidth);
+      const auto add_to = [&](auto before) __attribute__((always_inline)) {
+        vf* to = sums + half;
+        LK_UNROLL for (int j = 0; j < kRows; ++j, to += kHalves) {
+          LK_UNROLL for (int i = 0; i < kCols; ++i) {
+            vf& sum = to[i * kTileRows * kHalves];
+            sum = accumulate(before(sum), __builtin_convertvector(dots[j][i], vf), mul(w_scales[j], x_scales[i]));
+          }
+        }
+      };
+      if (columns->unit.first == 0)
+        add_to([](const vf&) { return zero(); });
+      else
+        add_to([](const vf& sum) { return sum; });
       if (s.q.offset) add_offsets<kRows, kCols>(s.q, n, lanes, *columns, half, sums);
     }
     row += columns->unit.blocks * kBytes, packed += columns->unit.blocks * x_step;
@@ -186,7 +194,7 @@ void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, T
   int64_t lead = kRows + kAheadBytes / (bytes * kRows) * kRows;
   if (lead > kTileRows) lead = kTileRows;
   vf sums[kMaxPackedRows * kTileRows * kHalves];
-  for (int64_t i = 0; i < x.m * kTileRows * kHalves; ++i) sums[i] = zero();
+  if (blocks == 0) memset(sums, 0, sizeof(sums));  // no tile will begin them
   int64_t unit = 0;
   for (int64_t first = 0; first < blocks; first += step) {
     const int64_t last = first + step < blocks ? first + step : blocks;
@@ -219,7 +227,7 @@ void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, T
     }
     float* totals = out.data + i * out.stride;
     int64_t j = 0;
-    for (; j + 4 <= count; j += 4) sum4(v[j], v[j + 1], v[j + 2], v[j + 3], totals + j);
+    for (; j + 4 <= count; j += 4) sum4(v + j, totals + j);
     for (; j < count; ++j) totals[j] = sum(v[j]);
   }
 }
@@ -234,8 +242,12 @@ void rows_of_width(const Matrix& w, const QuantizedRows& x, int64_t begin, int64
     case 4: return rows<kBits, 4>(w, x, begin, end, out);
   }
   if constexpr (kMostCols > 4) {
-    if ((x.m + tiles - 1) / tiles == 5) return rows<kBits, 5>(w, x, begin, end, out);
-    return rows<kBits, 6>(w, x, begin, end, out);
+    switch ((x.m + tiles - 1) / tiles) {
+      case 5: return rows<kBits, 5>(w, x, begin, end, out);
+      case 6: return rows<kBits, 6>(w, x, begin, end, out);
+      case 7: return rows<kBits, 7>(w, x, begin, end, out);
+      case 8: return rows<kBits, 8>(w, x, begin, end, out);
+    }
   }
 }
 
@@ -243,12 +255,13 @@ void rows_of_width(const Matrix& w, const QuantizedRows& x, int64_t begin, int64
 // lose them.
 template <class T>
 LK_INLINE float largest_of(const T* x, int64_t count, vf* none) {
-  vf largest = zero();
+  vf largest = zero(), nothing = zero();
   for (int64_t i = 0; i < kBlock; i += kWidth) {
     const vf v = count - i >= kWidth ? load(x + i) : count > i ? load(x + i, count - i) : zero();
     largest = max(largest, max(v, sub(zero(), v)));
-    *none = fma(v, zero(), *none);
+    nothing = fma(v, zero(), nothing);
   }
+  *none = add(*none, nothing);
   return max_of(largest);
 }
 
@@ -267,26 +280,28 @@ LK_INLINE float integers_of(const T* x, int64_t count, float largest, int32_t* q
   return counts ? float_from_bits(exponent - (uint32_t(14) << 23)) : 0;
 }
 
-// A unit's integers to where it has them, and the sums of its lanes.
+// A unit's integers to where it has them, and the sums of its lanes. By way of a copy without gaps: steps of many rows are
+// far apart, in few sets of the first-level cache.
 LK_INLINE void place(const int32_t* q, int64_t blocks, int16_t* words, int64_t x_step, int32_t* sums) {
+  alignas(64) int16_t steps[kLanes][kBlock];
   for (int64_t lane = 0; lane < kLanes; ++lane) {
-    int16_t* to = words + lane * 2;
-    for (int64_t step = 0; step < blocks; ++step, q += 4, to += x_step) {
+    for (int64_t step = 0; step < blocks; ++step, q += 4) {
       constexpr uint64_t kLow = 0x0000ffff0000ffff;
       uint64_t pairs[2];
       memcpy(pairs, q, sizeof(pairs));
       const uint64_t parts = (pairs[0] & kLow) | (pairs[1] & kLow) << 16;
       const uint32_t low = uint32_t(parts), high = uint32_t(parts >> 32);
-      memcpy(to, &low, sizeof(low));
-      memcpy(to + kBlock / 2, &high, sizeof(high));
+      memcpy(steps[step] + lane * 2, &low, sizeof(low));
+      memcpy(steps[step] + lane * 2 + kBlock / 2, &high, sizeof(high));
     }
   }
+  for (int64_t step = 0; step < blocks; ++step) memcpy(words + step * x_step, steps[step], sizeof(steps[step]));
   const Words ones = Words{} + 1;
   for (int half = 0; half < kHalves; ++half) {
     Ints total{};
     for (int64_t step = 0; step < blocks; ++step)
       for (int part = 0; part < 2; ++part)
-        total = add_pairs(total, load_vector<Words>(words + step * x_step + part * kBlock / 2 + half * kWords), ones);
+        total = add_pairs(total, load_vector<Words>(steps[step] + part * kBlock / 2 + half * kWords), ones);
     memcpy(sums + half * kWidth, &total, sizeof(total));
   }
 }

@@ -2,7 +2,8 @@
 //
 // fma() is fused on AVX2 and AVX-512 and a multiply and an add in the scalar variant. load(p, n) reads n elements and
 // fills the rest with zeros; store(p, v, n) writes n. Loads widen float, f16 and bf16 to float; stores round to nearest
-// even. sum() and max_of() have a fixed order: halves onto each other until one lane is left. sum4() writes four sums().
+// even. sum() and max_of() have a fixed order: halves onto each other until one lane is left. sum4() writes four sum()s,
+// of vectors in registers or in memory.
 // permute() takes lane index[i] of x for lane i.
 #pragma once
 

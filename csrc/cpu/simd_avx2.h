@@ -77,6 +77,7 @@ LK_INLINE void sum4(vf a, vf b, vf c, vf d, float* sums) {
   const __m128 cd = _mm_add_ps(_mm_movelh_ps(s[2], s[3]), _mm_movehl_ps(s[3], s[2]));
   _mm_storeu_ps(sums, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
 }
+LK_INLINE void sum4(const vf* v, float* sums) { sum4(v[0], v[1], v[2], v[3], sums); }
 LK_INLINE float max_of(vf x) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));

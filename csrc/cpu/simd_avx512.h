@@ -69,6 +69,18 @@ LK_INLINE void sum4(vf a, vf b, vf c, vf d, float* sums) {
   const vf all = permute(add(eighths, _mm512_shuffle_ps(eighths, eighths, 0xb1)), kFirst);
   _mm_storeu_ps(sums, _mm512_castps512_ps128(all));
 }
+// Halves are loaded, instead of shuffled, and then short vectors suffice: half the cycles.
+LK_INLINE void sum4(const vf* v, float* sums) {
+  const float* p = reinterpret_cast<const float*>(v);
+  const auto half = [&](int i) { return _mm256_add_ps(_mm256_loadu_ps(p + i * 16), _mm256_loadu_ps(p + i * 16 + 8)); };
+  const __m256 a = half(0), b = half(1), c = half(2), d = half(3);
+  const __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  const __m256 cd = _mm256_add_ps(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
+  const __m256 acbd = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  const __m256 all = _mm256_add_ps(acbd, _mm256_movehdup_ps(acbd));
+  const __m128 ac = _mm256_castps256_ps128(all), bd = _mm256_extractf128_ps(all, 1);
+  _mm_storeu_ps(sums, _mm_shuffle_ps(_mm_unpacklo_ps(ac, bd), _mm_unpackhi_ps(ac, bd), 0x44));
+}
 LK_INLINE float max_of(vf x) {
   const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));

@@ -60,6 +60,7 @@ LK_INLINE float sum(vf x) {
 LK_INLINE void sum4(vf a, vf b, vf c, vf d, float* sums) {
   sums[0] = sum(a), sums[1] = sum(b), sums[2] = sum(c), sums[3] = sum(d);
 }
+LK_INLINE void sum4(const vf* v, float* sums) { sum4(v[0], v[1], v[2], v[3], sums); }
 LK_INLINE float larger(float a, float b) { return a > b ? a : b; }
 LK_INLINE float max_of(vf x) {
   const float a = larger(x[0], x[4]), b = larger(x[1], x[5]), c = larger(x[2], x[6]), d = larger(x[3], x[7]);

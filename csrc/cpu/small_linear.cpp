@@ -8,7 +8,8 @@ namespace lk::LK_VARIANT {
 namespace {
 
 constexpr int64_t kLeastBytesPerTask = 16 << 10, kMostBytesPerTask = 384 << 10;
-constexpr int64_t kTasksPerThread = 8;  // when there is enough to do: so that nobody waits long for the last one
+constexpr int64_t kTasksPerThread = 16;  // when there is enough to do: so that nobody waits long for the last one
+constexpr int64_t kLeastToShare = 4096;  // elements of x that are packed by more than one thread
 
 // What the tasks of one pass share: packed rows [0, x.m) are rows [first, first + x.m) of the call.
 template <class Rows>
@@ -74,17 +75,20 @@ void run_pass(const Pass<Rows>& pass) {
 
 template <class T, class Rows>
 void run_passes(const SmallLinearArgs& a, Rows rows) {
-  T* normed = a.norm_weight ? static_cast<T*>(workspace(Workspace::linear_norm, size_t(a.c) * sizeof(T))) : nullptr;
+  char* normed = nullptr;
+  if (a.norm_weight) normed = static_cast<char*>(workspace(Workspace::linear_norm, size_t(rows.m * a.c) * sizeof(T)));
   for (int64_t first = 0; first < a.m; first += kMaxPackedRows) {
     rows.m = a.m - first < kMaxPackedRows ? a.m - first : kMaxPackedRows;
-    for (int64_t row = 0; row < rows.m; ++row) {
+    auto pack = [&](int64_t row) {
       const T* x = static_cast<const T*>(a.x) + (first + row) * a.x_stride;
       if (normed) {
-        rms_norm_row(x, static_cast<const T*>(a.norm_weight), a.norm_eps, normed, a.c);
-        x = normed;
+        T* to = reinterpret_cast<T*>(normed) + row * a.c;
+        rms_norm_row(x, static_cast<const T*>(a.norm_weight), a.norm_eps, to, a.c);
+        x = to;
       }
       rows.pack(row, x);
-    }
+    };
+    parallel_for(rows.m * a.c < kLeastToShare ? 1 : a.num_threads, rows.m, pack);
     run_pass<T>(Pass<Rows>{a, rows, first});
   }
 }
