@@ -150,7 +150,7 @@ LK_INLINE typename Dot<T>::Vector add_part(vf (&sums)[kRows][kCols], typename Do
     LK_UNROLL for (int j = 0; j < kRows; ++j) w[j] = first = D::template part<kPart>(p + j * w_stride, first);
     LK_UNROLL for (int i = 0; i < kCols; ++i) {
       v[i] = D::load_x(x + i * x_stride);
-      if constexpr (kRows == 3) asm("" ::: "memory");  // or else the compiler loads it again for each weight row
+      if constexpr (kCols > 6) asm("" ::: "memory");  // or else the compiler loads it again for each weight row
       LK_UNROLL for (int j = 0; j < kRows; ++j) sums[j][i] = D::multiply_add(sums[j][i], w[j], v[i]);
     }
   } else {
@@ -219,10 +219,11 @@ LK_INLINE void fetch_ahead(const T* w, int64_t w_stride, int64_t ahead, int64_t 
 // totals[i][j] = dot product of weight row j (rows w_stride elements apart) and packed row i (x_stride apart): for every
 // tile size one vector accumulator per product, chunks in rising order, and then sum(). So the tile can't change a bit.
 // Meanwhile memory from `ahead` on is fetched into the second-level cache: after every kStep chunks `step` elements more,
-// of each row.
+// of each row. A function by itself: in line, the compiler had too few registers left for the addresses its loop needs.
 template <class T, int kRows, int kCols, int kStep, int kFetch>
-LK_INLINE void dot_tile(const T* w, int64_t w_stride, const typename Dot<T>::X* x, int64_t x_stride, int64_t c,
-                        int64_t ahead, int64_t step, float* totals, int64_t totals_stride) {
+__attribute__((noinline)) static void dot_tile(const T* w, int64_t w_stride, const typename Dot<T>::X* x,
+                                               int64_t x_stride, int64_t c, int64_t ahead, int64_t step,
+                                               float* totals, int64_t totals_stride) {
   using D = Dot<T>;
   vf sums[kRows][kCols];
   LK_UNROLL for (int j = 0; j < kRows; ++j)
