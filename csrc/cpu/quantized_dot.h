@@ -89,13 +89,26 @@ LK_INLINE void add_words(Ints (&dots)[kRows][kCols], const Words (&w)[kRows], co
   }
 }
 
+// Besides the sums, one more register than the smaller of both sides has, if that is small: it is loaded first and stays.
 template <int kBits, int kPart, int kRows, int kCols>
 LK_INLINE void add_part(Ints (&dots)[kRows][kCols], const uint8_t* w, int64_t w_stride, const int16_t* x, int64_t x_step) {
   constexpr int kSteps = Stored<kBits>::kSteps;
-  Words part[kRows];
-  LK_UNROLL for (int j = 0; j < kRows; ++j)
-    part[j] = Stored<kBits>::template part<kPart>(load_vector<Words>(w + j * w_stride));
-  add_words(dots, part, x + kPart % kSteps * x_step + kPart / kSteps * (kBlock / 2));
+  const auto part = [&](int j) __attribute__((always_inline)) {
+    return Stored<kBits>::template part<kPart>(load_vector<Words>(w + j * w_stride));
+  };
+  x += kPart % kSteps * x_step + kPart / kSteps * (kBlock / 2);
+  if constexpr (kRows > kCols && kCols > 2) {
+    Words v[kCols];
+    LK_UNROLL for (int i = 0; i < kCols; ++i) v[i] = load_vector<Words>(x + i * kBlock);
+    LK_UNROLL for (int j = 0; j < kRows; ++j) {
+      const Words row = part(j);
+      LK_UNROLL for (int i = 0; i < kCols; ++i) dots[j][i] = add_pairs(dots[j][i], row, v[i]);
+    }
+  } else {
+    Words rows[kRows];
+    LK_UNROLL for (int j = 0; j < kRows; ++j) rows[j] = part(j);
+    add_words(dots, rows, x);
+  }
 }
 
 // dots[j][i] + products of one vector of each weight row, w_stride apart, and as many steps of packed row i, x_step apart.

@@ -13,8 +13,20 @@ constexpr int64_t kMostUnits = kPackedBytes / (kBlock * int64_t(sizeof(int16_t))
 constexpr float kSmallest = 0x1p-100f;
 constexpr int kMostCols = kRegisters >= 24 ? 8 : 4;  // x rows of a register tile, at most
 
-// Weight rows of a register tile with `cols` x rows.
-constexpr int rows_of(int cols) { return cols > 6 ? 3 : cols < 3 || kRegisters >= 24 ? 4 : 2; }
+// Weight rows of a register tile with `cols` x rows. More than four of 8 bits wait for memory longer than they save.
+template <int kBits>
+constexpr int rows_of(int cols) {
+  if (kRegisters < 24) return cols < 3 ? 4 : 2;
+  if (cols > 6) return 3;
+  return kBits == 4 && cols == 3 ? 8 : kBits == 4 && cols == 4 ? 6 : 4;
+}
+
+// Of `m` x rows, at most how many are in one tile: all, where memory is waited for.
+template <int kBits>
+constexpr int64_t most_cols(int64_t m) {
+  if (kRegisters < 24) return 4;
+  return kBits == 8 ? 8 : m <= 6 || (m > 8 && m <= 12) ? 6 : 4;
+}
 
 // A unit of columns, and where its lanes find their scales: lane l of half h at first[h] + lanes[h][l] of a row.
 struct Columns {
@@ -70,6 +82,15 @@ LK_INLINE vf of_lanes(const T* first, const Columns& columns, int half) {
   const int64_t count = columns.scales[half];
   return permute(kRegisters >= 24 || count < kWidth ? load(first, count) : load(first), columns.lanes[half]);
 }
+
+#if defined(LK_VARIANT_AVX512)
+// Widened and permuted by one instruction.
+LK_INLINE vf of_lanes(const bf16* first, const Columns& columns, int half) {
+  const __m512i words = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(first_lanes(columns.scales[half]), first));
+  const __m512i high = _mm512_slli_epi32(_mm512_loadu_si512(columns.lanes[half]), 16);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, high, words));
+}
+#endif
 
 // Offset times the sum of x, which is added to a unit's products where the weight has offsets.
 template <int kRows, int kCols>
@@ -183,7 +204,7 @@ void strip(const Span& s, int64_t n, Ahead ahead, vf* sums) {
 // Weight rows [begin, end), at most kTileRows.
 template <int kBits, int kCols>
 void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, Totals out) {
-  constexpr int kRows = rows_of(kCols);
+  constexpr int kRows = rows_of<kBits>(kCols);
   const int64_t blocks = x.blocks(), count = end - begin;
   const int64_t per_group = w.quantization.group / kBlock, size = scale_size(w.quantization);
   const int64_t groups = per_group == 1 ? blocks : (blocks + per_group - 1) / per_group;
@@ -234,19 +255,20 @@ void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, T
 
 template <int kBits>
 void rows_of_width(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, Totals out) {
-  const int64_t tiles = (x.m + kMostCols - 1) / kMostCols;
-  switch ((x.m + tiles - 1) / tiles) {
+  const int64_t most = most_cols<kBits>(x.m), tiles = (x.m + most - 1) / most;
+  const int64_t cols = (x.m + tiles - 1) / tiles;
+  switch (cols) {
     case 1: return rows<kBits, 1>(w, x, begin, end, out);
     case 2: return rows<kBits, 2>(w, x, begin, end, out);
     case 3: return rows<kBits, 3>(w, x, begin, end, out);
     case 4: return rows<kBits, 4>(w, x, begin, end, out);
   }
   if constexpr (kMostCols > 4) {
-    switch ((x.m + tiles - 1) / tiles) {
-      case 5: return rows<kBits, 5>(w, x, begin, end, out);
-      case 6: return rows<kBits, 6>(w, x, begin, end, out);
-      case 7: return rows<kBits, 7>(w, x, begin, end, out);
-      case 8: return rows<kBits, 8>(w, x, begin, end, out);
+    if (cols == 5) return rows<kBits, 5>(w, x, begin, end, out);
+    if (cols == 6) return rows<kBits, 6>(w, x, begin, end, out);
+    if constexpr (kBits == 8) {
+      if (cols == 7) return rows<kBits, 7>(w, x, begin, end, out);
+      return rows<kBits, 8>(w, x, begin, end, out);
     }
   }
 }

@@ -115,6 +115,14 @@ EMULATED __m512 permute(__m512i index, __m512 x) {
   memcpy(&x, to, sizeof(x));
   return x;
 }
+EMULATED __m512i permute_words(uint32_t mask, __m512i index, __m512i x) {
+  uint16_t from[32], lanes[32], to[32];
+  memcpy(from, &x, sizeof(x));
+  memcpy(lanes, &index, sizeof(index));
+  for (int i = 0; i < 32; ++i) to[i] = mask >> i & 1 ? from[lanes[i] & 31] : 0;
+  memcpy(&x, to, sizeof(x));
+  return x;
+}
 template <int kRounding>
 EMULATED __m512 round(__m512 x) {
   return join<__m512>(_mm256_round_ps(half<__m256>(x, 0), kRounding), _mm256_round_ps(half<__m256>(x, 1), kRounding));
@@ -185,7 +193,9 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_shuffle_f32x4(a, b, which) emulated::shuffle<16, which>(a, b)
 #define _mm512_shuffle_ps(a, b, which) emulated::shuffle<4, which>(a, b)
 #define _mm512_castps512_ps128(x) emulated::half<__m128>(x, 0)
+#define _mm512_castsi256_si512(x) emulated::join<__m512i>(x, _mm256_set1_epi32(0x5a5a5a5a))  // undefined there
 #define _mm512_permutexvar_ps(index, x) emulated::permute(index, x)
+#define _mm512_maskz_permutexvar_epi16(mask, index, x) emulated::permute_words(mask, index, x)
 #define _mm512_cmp_ps_mask(a, b, predicate) emulated::compare<predicate>(a, b)
 #define _mm512_mask_mov_ps(a, mask, b) emulated::blend<__m512>(a, mask, b)
 #define _mm512_mask_mov_epi32(a, mask, b) emulated::blend<__m512i>(a, mask, b)
