@@ -1,11 +1,13 @@
 # The CPU library: every op compiled once per instruction set, plus the parts that are compiled once.
 
-# One line per op (and quantized_panel, which two of them share). Each csrc/cpu/<op>.cpp is compiled for every variant.
+# One line per op (and quantized_pack and quantized_panel, which two of them share). Each csrc/cpu/<op>.cpp is compiled
+# for every variant.
 set(LAYERSKIP_CPU_OPS
     decoder_stack
     exit_head
     kv_rollback
     quantize
+    quantized_pack
     quantized_panel
     rms_norm
     rope_append

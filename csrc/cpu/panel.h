@@ -24,6 +24,12 @@ constexpr int rows_of_tile(int cols) {
 // Of `m` x rows, at most how many are in one tile. Where they all are, weights are read once, and memory is waited for least.
 constexpr int64_t most_cols(int64_t m) { return kMaxCols <= 4 || m > 12 ? 4 : m > 8 ? 6 : kMaxCols; }
 
+// x rows of the wider tiles, when `m` are cut into as few as `most` allows: the others have one row less.
+constexpr int64_t even_cols(int64_t m, int64_t most) {
+  const int64_t tiles = (m + most - 1) / most;
+  return (m + tiles - 1) / tiles;
+}
+
 template <class T>
 struct Product {
   const T* w;  // weight rows of c elements, w_stride apart
@@ -103,8 +109,7 @@ static void panel_of(const Product<T>& p, int64_t begin, int64_t end, int64_t li
 // Dot products of every x row and the weight rows [begin, end). Rows up to `limit` are likely to be this thread's next.
 template <class T>
 LK_INLINE void panel(const Product<T>& p, int64_t begin, int64_t end, int64_t limit, Totals out) {
-  const int64_t most = most_cols(p.m), tiles = (p.m + most - 1) / most;
-  const int64_t cols = (p.m + tiles - 1) / tiles;  // so that at most `tiles` tiles are one narrower
+  const int64_t cols = even_cols(p.m, most_cols(p.m));
   switch (cols) {
     case 1: return panel_of<T, 1>(p, begin, end, limit, out);
     case 2: return panel_of<T, 2>(p, begin, end, limit, out);

@@ -1,7 +1,6 @@
 #include "cpu/quantized_panel.h"
 
 #include "cpu/quantized_dot.h"
-#include "cpu/workspace.h"
 
 namespace lk::LK_VARIANT {
 namespace {
@@ -10,8 +9,6 @@ namespace {
 // tiles of fewer x rows, which read it faster, in the first.
 constexpr int64_t kPackedBytes = (kRegisters >= 24 ? 128 : 16) << 10;
 constexpr int64_t kMostUnits = kPackedBytes / (kBlock * int64_t(sizeof(int16_t))) / kLanes + 5;  // of these columns
-constexpr float kSmallest = 0x1p-100f;
-constexpr int kMostCols = kRegisters >= 24 ? 8 : 4;  // x rows of a register tile, at most
 
 // Weight rows of a register tile with `cols` x rows. More than four of 8 bits wait for memory longer than they save.
 template <int kBits>
@@ -21,7 +18,7 @@ constexpr int rows_of(int cols) {
   return kBits == 4 && cols == 3 ? 8 : kBits == 4 && cols == 4 ? 6 : 4;
 }
 
-// Of `m` x rows, at most how many are in one tile: all, where memory is waited for.
+// As for weights in their dtype, measured again: arithmetic is waited for sooner.
 template <int kBits>
 constexpr int64_t most_cols(int64_t m) {
   if (kRegisters < 24) return 4;
@@ -114,7 +111,7 @@ __attribute__((noinline)) void add_offsets(const Quantization& q, int64_t n, con
 template <int kBits, int kRows, int kCols>
 void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
   constexpr int64_t kBytes = Stored<kBits>::kBytes, kSteps = Stored<kBits>::kSteps;
-  constexpr int kEarlyCols = kRegisters < 24 ? 1 : kMostCols, kAgainCols = kBits == 4 ? 0 : kRegisters < 24 ? 1 : 6;
+  constexpr int kEarlyCols = kRegisters < 24 ? 1 : kMaxCols, kAgainCols = kBits == 4 ? 0 : kRegisters < 24 ? 1 : 6;
   const bool alone = s.x.m == kCols;  // otherwise the tiles of a strip ask for the same
   const int64_t x_step = s.x.m * kBlock, w_stride = s.w_stride;
   const int64_t size = scale_size(s.q), scale_stride = s.q.scale_stride * size;
@@ -255,15 +252,14 @@ void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, T
 
 template <int kBits>
 void rows_of_width(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, Totals out) {
-  const int64_t most = most_cols<kBits>(x.m), tiles = (x.m + most - 1) / most;
-  const int64_t cols = (x.m + tiles - 1) / tiles;
+  const int64_t cols = even_cols(x.m, most_cols<kBits>(x.m));
   switch (cols) {
     case 1: return rows<kBits, 1>(w, x, begin, end, out);
     case 2: return rows<kBits, 2>(w, x, begin, end, out);
     case 3: return rows<kBits, 3>(w, x, begin, end, out);
     case 4: return rows<kBits, 4>(w, x, begin, end, out);
   }
-  if constexpr (kMostCols > 4) {
+  if constexpr (kMaxCols > 4) {
     if (cols == 5) return rows<kBits, 5>(w, x, begin, end, out);
     if (cols == 6) return rows<kBits, 6>(w, x, begin, end, out);
     if constexpr (kBits == 8) {
@@ -273,92 +269,7 @@ void rows_of_width(const Matrix& w, const QuantizedRows& x, int64_t begin, int64
   }
 }
 
-// The largest magnitude of the first `count` elements, at most a block's. NaN and infinity make a NaN of *none, as max() may
-// lose them.
-template <class T>
-LK_INLINE float largest_of(const T* x, int64_t count, vf* none) {
-  vf largest = zero(), nothing = zero();
-  for (int64_t i = 0; i < kBlock; i += kWidth) {
-    const vf v = count - i >= kWidth ? load(x + i) : count > i ? load(x + i, count - i) : zero();
-    largest = max(largest, max(v, sub(zero(), v)));
-    nothing = fma(v, zero(), nothing);
-  }
-  *none = add(*none, nothing);
-  return max_of(largest);
-}
-
-// Those elements as integers, zeros behind them; returns their scale, the power of two that brings the largest to 2^14 and
-// above: small whole numbers and bfloat16 stay exact.
-template <class T>
-LK_INLINE float integers_of(const T* x, int64_t count, float largest, int32_t* q) {
-  const bool counts = largest >= kSmallest;
-  const uint32_t exponent = float_bits(largest) & 0x7f800000;
-  const vf inverse = set1(counts ? float_from_bits((uint32_t(2 * 127 + 14) << 23) - exponent) : 0);
-  for (int64_t i = 0; i < kBlock; i += kWidth) {
-    const vf v = count - i >= kWidth ? load(x + i) : count > i ? load(x + i, count - i) : zero();
-    const Ints integers = __builtin_convertvector(min(round_int(mul(v, inverse)), set1(32767)), Ints);
-    memcpy(q + i, &integers, sizeof(integers));
-  }
-  return counts ? float_from_bits(exponent - (uint32_t(14) << 23)) : 0;
-}
-
-// A unit's integers to where it has them, and the sums of its lanes. By way of a copy without gaps: steps of many rows are
-// far apart, in few sets of the first-level cache.
-LK_INLINE void place(const int32_t* q, int64_t blocks, int16_t* words, int64_t x_step, int32_t* sums) {
-  alignas(64) int16_t steps[kLanes][kBlock];
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    for (int64_t step = 0; step < blocks; ++step, q += 4) {
-      constexpr uint64_t kLow = 0x0000ffff0000ffff;
-      uint64_t pairs[2];
-      memcpy(pairs, q, sizeof(pairs));
-      const uint64_t parts = (pairs[0] & kLow) | (pairs[1] & kLow) << 16;
-      const uint32_t low = uint32_t(parts), high = uint32_t(parts >> 32);
-      memcpy(steps[step] + lane * 2, &low, sizeof(low));
-      memcpy(steps[step] + lane * 2 + kBlock / 2, &high, sizeof(high));
-    }
-  }
-  for (int64_t step = 0; step < blocks; ++step) memcpy(words + step * x_step, steps[step], sizeof(steps[step]));
-  const Words ones = Words{} + 1;
-  for (int half = 0; half < kHalves; ++half) {
-    Ints total{};
-    for (int64_t step = 0; step < blocks; ++step)
-      for (int part = 0; part < 2; ++part)
-        total = add_pairs(total, load_vector<Words>(steps[step] + part * kBlock / 2 + half * kWords), ones);
-    memcpy(sums + half * kWidth, &total, sizeof(total));
-  }
-}
-
 }  // namespace
-
-QuantizedRows::QuantizedRows(int64_t rows, int64_t columns, Workspace use) : m(rows), c(columns) {
-  const int64_t bytes = blocks() * kBlock * int64_t(sizeof(int16_t)) + units() * int64_t(sizeof(PackedLanes));
-  data = static_cast<char*>(workspace(use, size_t(rows * bytes)));
-}
-
-template <class T>
-void QuantizedRows::pack(int64_t row, const T* x) {
-  PackedLanes* packed = lanes_of(0, row);
-  vf none = zero();
-  for (int64_t first = 0; first < blocks(); packed += m) {
-    const Unit unit = unit_from(first, whole());
-    const T* from = x + first * kBlock;
-    const int64_t count = c - first * kBlock;
-    // One loop after the other, so that none waits for the results of the one before.
-    float largest[kLanes], scales[kLanes];
-    alignas(64) int32_t q[kLanes * kBlock];
-    for (int64_t i = 0; i < unit.blocks; ++i) largest[i] = largest_of(from + i * kBlock, count - i * kBlock, &none);
-    for (int64_t i = 0; i < unit.blocks; ++i)
-      scales[i] = integers_of(from + i * kBlock, count - i * kBlock, largest[i], q + i * kBlock);
-    place(q, unit.blocks, words_of(first, row), m * kBlock, packed->sums);
-    for (int64_t lane = 0; lane < kLanes; ++lane) packed->scales[lane] = scales[lane * unit.blocks / kLanes];
-    first += unit.blocks;
-  }
-  const float nothing = lk::LK_VARIANT::sum(none);
-  if (nothing != 0) lanes_of(0, row)->scales[0] = nothing;
-}
-template void QuantizedRows::pack(int64_t, const float*);
-template void QuantizedRows::pack(int64_t, const f16*);
-template void QuantizedRows::pack(int64_t, const bf16*);
 
 void QuantizedRows::panel(const Matrix& w, int64_t begin, int64_t end, Totals out) const {
   for (; begin < end; begin += kTileRows, out.data += kTileRows) {

@@ -1,0 +1,98 @@
+// How x becomes integers with a scale for each block, and where they go: see quantized_panel.h.
+#include "cpu/quantized_dot.h"
+#include "cpu/quantized_panel.h"
+#include "cpu/workspace.h"
+
+namespace lk::LK_VARIANT {
+namespace {
+
+constexpr float kSmallest = 0x1p-100f;
+
+// The largest magnitude of the first `count` elements, at most a block's. NaN and infinity make a NaN of *none, as max() may
+// lose them.
+template <class T>
+LK_INLINE float largest_of(const T* x, int64_t count, vf* none) {
+  vf largest = zero(), nothing = zero();
+  for (int64_t i = 0; i < kBlock; i += kWidth) {
+    const vf v = count - i >= kWidth ? load(x + i) : count > i ? load(x + i, count - i) : zero();
+    largest = max(largest, max(v, sub(zero(), v)));
+    nothing = fma(v, zero(), nothing);
+  }
+  *none = add(*none, nothing);
+  return max_of(largest);
+}
+
+// Those elements as integers, zeros behind them; returns their scale, the power of two that brings the largest to 2^14 and
+// above: small whole numbers and bfloat16 stay exact.
+template <class T>
+LK_INLINE float integers_of(const T* x, int64_t count, float largest, int32_t* q) {
+  const bool counts = largest >= kSmallest;
+  const uint32_t exponent = float_bits(largest) & 0x7f800000;
+  const vf inverse = set1(counts ? float_from_bits((uint32_t(2 * 127 + 14) << 23) - exponent) : 0);
+  for (int64_t i = 0; i < kBlock; i += kWidth) {
+    const vf v = count - i >= kWidth ? load(x + i) : count > i ? load(x + i, count - i) : zero();
+    const Ints integers = __builtin_convertvector(min(round_int(mul(v, inverse)), set1(32767)), Ints);
+    memcpy(q + i, &integers, sizeof(integers));
+  }
+  return counts ? float_from_bits(exponent - (uint32_t(14) << 23)) : 0;
+}
+
+// A unit's integers to where it has them, and the sums of its lanes. By way of a copy without gaps: steps of many rows are
+// far apart, in few sets of the first-level cache.
+LK_INLINE void place(const int32_t* q, int64_t blocks, int16_t* words, int64_t x_step, int32_t* sums) {
+  alignas(64) int16_t steps[kLanes][kBlock];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    for (int64_t step = 0; step < blocks; ++step, q += 4) {
+      constexpr uint64_t kLow = 0x0000ffff0000ffff;
+      uint64_t pairs[2];
+      memcpy(pairs, q, sizeof(pairs));
+      const uint64_t parts = (pairs[0] & kLow) | (pairs[1] & kLow) << 16;
+      const uint32_t low = uint32_t(parts), high = uint32_t(parts >> 32);
+      memcpy(steps[step] + lane * 2, &low, sizeof(low));
+      memcpy(steps[step] + lane * 2 + kBlock / 2, &high, sizeof(high));
+    }
+  }
+  for (int64_t step = 0; step < blocks; ++step) memcpy(words + step * x_step, steps[step], sizeof(steps[step]));
+  const Words ones = Words{} + 1;
+  for (int half = 0; half < kHalves; ++half) {
+    Ints total{};
+    for (int64_t step = 0; step < blocks; ++step)
+      for (int part = 0; part < 2; ++part)
+        total = add_pairs(total, load_vector<Words>(steps[step] + part * kBlock / 2 + half * kWords), ones);
+    memcpy(sums + half * kWidth, &total, sizeof(total));
+  }
+}
+
+}  // namespace
+
+QuantizedRows::QuantizedRows(int64_t rows, int64_t columns, Workspace use) : m(rows), c(columns) {
+  const int64_t bytes = blocks() * kBlock * int64_t(sizeof(int16_t)) + units() * int64_t(sizeof(PackedLanes));
+  data = static_cast<char*>(workspace(use, size_t(rows * bytes)));
+}
+
+template <class T>
+void QuantizedRows::pack(int64_t row, const T* x) {
+  PackedLanes* packed = lanes_of(0, row);
+  vf none = zero();
+  for (int64_t first = 0; first < blocks(); packed += m) {
+    const Unit unit = unit_from(first, whole());
+    const T* from = x + first * kBlock;
+    const int64_t count = c - first * kBlock;
+    // One loop after the other, so that none waits for the results of the one before.
+    float largest[kLanes], scales[kLanes];
+    alignas(64) int32_t q[kLanes * kBlock];
+    for (int64_t i = 0; i < unit.blocks; ++i) largest[i] = largest_of(from + i * kBlock, count - i * kBlock, &none);
+    for (int64_t i = 0; i < unit.blocks; ++i)
+      scales[i] = integers_of(from + i * kBlock, count - i * kBlock, largest[i], q + i * kBlock);
+    place(q, unit.blocks, words_of(first, row), m * kBlock, packed->sums);
+    for (int64_t lane = 0; lane < kLanes; ++lane) packed->scales[lane] = scales[lane * unit.blocks / kLanes];
+    first += unit.blocks;
+  }
+  const float nothing = lk::LK_VARIANT::sum(none);
+  if (nothing != 0) lanes_of(0, row)->scales[0] = nothing;
+}
+template void QuantizedRows::pack(int64_t, const float*);
+template void QuantizedRows::pack(int64_t, const f16*);
+template void QuantizedRows::pack(int64_t, const bf16*);
+
+}  // namespace lk::LK_VARIANT
