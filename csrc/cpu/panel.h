@@ -1,6 +1,8 @@
 // Products of few packed x rows with many weight rows, in register tiles: the loop of every linear.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/dot.h"
 #include "cpu/quantization.h"
 #include "cpu/workspace.h"
@@ -9,7 +11,7 @@ namespace lk::LK_VARIANT {
 
 constexpr int kMaxCols = kRegisters >= 24 ? 8 : 4;  // x rows of a register tile
 constexpr int64_t kMaxPackedRows = 64;  // x rows per pass over the weights
-constexpr int64_t kTileRows = 24;       // a multiple of every tile's weight rows
+constexpr int64_t kTileRows = 24;       // a multiple of every tile's weight rows; with those of five, four are left over
 constexpr size_t kLine = 64;            // bytes of a cache line
 constexpr int64_t kShortRow = 1024;     // bytes; a model of rows no longer than this lies in the caches
 constexpr int64_t kAheadBytes = 4096;   // at least so far ahead are weights fetched: shorter takes less than the way there
@@ -19,6 +21,14 @@ constexpr int64_t kAheadBytes = 4096;   // at least so far ahead are weights fet
 constexpr int rows_of_tile(int cols) {
   const int most = cols == 1 ? 6 : 8;
   return kRegisters / cols < most ? kRegisters / cols : most;
+}
+
+// The same for the only tile of more than four x rows, if x is packed as it was. Beside memory it waits for the second-level
+// cache, from which x comes, too: the more weight rows, the less often. There it pays to have a few of the sums on the stack.
+template <class T>
+constexpr int rows_of_wide_tile(int cols) {
+  if (kRegisters < 24 || !std::is_same_v<T, typename Dot<T>::X>) return rows_of_tile(cols);
+  return cols == 5 ? 6 : cols == 6 ? 5 : 4;
 }
 
 // Of `m` x rows, at most how many are in one tile. Where they all are, weights are read once, and memory is waited for least.
@@ -96,13 +106,15 @@ LK_INLINE void strip(const Product<T>& p, int64_t n, int64_t next, Totals out) {
   }
 }
 
-template <class T, int kCols>
+template <class T, int kCols, int kRows = rows_of_tile(kCols)>
 static void panel_of(const Product<T>& p, int64_t begin, int64_t end, int64_t limit, Totals out) {
-  constexpr int kRows = rows_of_tile(kCols);
+  constexpr int kRest = kTileRows % kRows;
   const int64_t ahead = kRows + kAheadBytes / ((p.c + 1) * int64_t(sizeof(T)) * kRows) * kRows;
+  const auto next = [&](int64_t n, int rows) { return n + ahead + rows <= limit ? n + ahead : n; };
   int64_t n = begin;
-  for (; n + kRows <= end; n += kRows, out.data += kRows)
-    strip<T, kRows, kCols>(p, n, n + ahead + kRows <= limit ? n + ahead : n, out);
+  for (; n + kRows <= end; n += kRows, out.data += kRows) strip<T, kRows, kCols>(p, n, next(n, kRows), out);
+  if constexpr (kRest > 0)
+    for (; n + kRest <= end; n += kRest, out.data += kRest) strip<T, kRest, kCols>(p, n, next(n, kRest), out);
   for (; n < end; ++n, ++out.data) strip<T, 1, kCols>(p, n, n, out);
 }
 
@@ -117,12 +129,14 @@ LK_INLINE void panel(const Product<T>& p, int64_t begin, int64_t end, int64_t li
     case 4: return panel_of<T, 4>(p, begin, end, limit, out);
   }
   if constexpr (kMaxCols > 4) {
-    switch (cols) {
-      case 5: return panel_of<T, 5>(p, begin, end, limit, out);
-      case 6: return panel_of<T, 6>(p, begin, end, limit, out);
-      case 7: return panel_of<T, 7>(p, begin, end, limit, out);
-      case 8: return panel_of<T, 8>(p, begin, end, limit, out);
+    switch (p.m) {
+      case 5: return panel_of<T, 5, rows_of_wide_tile<T>(5)>(p, begin, end, limit, out);
+      case 6: return panel_of<T, 6, rows_of_wide_tile<T>(6)>(p, begin, end, limit, out);
+      case 7: return panel_of<T, 7, rows_of_wide_tile<T>(7)>(p, begin, end, limit, out);
+      case 8: return panel_of<T, 8, rows_of_wide_tile<T>(8)>(p, begin, end, limit, out);
     }
+    if (cols == 5) return panel_of<T, 5>(p, begin, end, limit, out);
+    if (cols == 6) return panel_of<T, 6>(p, begin, end, limit, out);
   }
 }
 
