@@ -14,6 +14,7 @@ constexpr int64_t kMaxPackedRows = 64;  // x rows per pass over the weights
 constexpr int64_t kTileRows = 24;       // a multiple of every tile's weight rows; with those of five, four are left over
 constexpr size_t kLine = 64;            // bytes of a cache line
 constexpr int64_t kShortRow = 1024;     // bytes; a model of rows no longer than this lies in the caches
+constexpr int64_t kStayingBytes = 16 << 10;  // x no larger stays in the first-level cache beside weights
 constexpr int64_t kAheadBytes = 4096;   // at least so far ahead are weights fetched: shorter takes less than the way there
 
 // Weight rows of a register tile with `cols` x rows. With one x row memory is what it waits for, and six rows read it faster
@@ -23,8 +24,9 @@ constexpr int rows_of_tile(int cols) {
   return kRegisters / cols < most ? kRegisters / cols : most;
 }
 
-// The same for the only tile of more than four x rows, if x is packed as it was. Beside memory it waits for the second-level
-// cache, from which x comes, too: the more weight rows, the less often. There it pays to have a few of the sums on the stack.
+// The same for the only tile, of more than four x rows that don't stay in the first-level cache, packed as they were. Beside
+// memory it waits for the second-level cache, from which x comes, too: the more weight rows, the less often. There it pays to
+// have a few of the sums on the stack.
 template <class T>
 constexpr int rows_of_wide_tile(int cols) {
   if (kRegisters < 24 || !std::is_same_v<T, typename Dot<T>::X>) return rows_of_tile(cols);
@@ -129,14 +131,20 @@ LK_INLINE void panel(const Product<T>& p, int64_t begin, int64_t end, int64_t li
     case 4: return panel_of<T, 4>(p, begin, end, limit, out);
   }
   if constexpr (kMaxCols > 4) {
-    switch (p.m) {
-      case 5: return panel_of<T, 5, rows_of_wide_tile<T>(5)>(p, begin, end, limit, out);
-      case 6: return panel_of<T, 6, rows_of_wide_tile<T>(6)>(p, begin, end, limit, out);
-      case 7: return panel_of<T, 7, rows_of_wide_tile<T>(7)>(p, begin, end, limit, out);
-      case 8: return panel_of<T, 8, rows_of_wide_tile<T>(8)>(p, begin, end, limit, out);
+    if (p.m * p.c * int64_t(sizeof(*p.x)) > kStayingBytes) {
+      switch (p.m) {
+        case 5: return panel_of<T, 5, rows_of_wide_tile<T>(5)>(p, begin, end, limit, out);
+        case 6: return panel_of<T, 6, rows_of_wide_tile<T>(6)>(p, begin, end, limit, out);
+        case 7: return panel_of<T, 7, rows_of_wide_tile<T>(7)>(p, begin, end, limit, out);
+        case 8: return panel_of<T, 8, rows_of_wide_tile<T>(8)>(p, begin, end, limit, out);
+      }
     }
-    if (cols == 5) return panel_of<T, 5>(p, begin, end, limit, out);
-    if (cols == 6) return panel_of<T, 6>(p, begin, end, limit, out);
+    switch (cols) {
+      case 5: return panel_of<T, 5>(p, begin, end, limit, out);
+      case 6: return panel_of<T, 6>(p, begin, end, limit, out);
+      case 7: return panel_of<T, 7>(p, begin, end, limit, out);
+      case 8: return panel_of<T, 8>(p, begin, end, limit, out);
+    }
   }
 }
 

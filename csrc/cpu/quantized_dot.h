@@ -84,7 +84,7 @@ template <int kRows, int kCols>
 LK_INLINE void add_words(Ints (&dots)[kRows][kCols], const Words (&w)[kRows], const int16_t* x) {
   LK_UNROLL for (int i = 0; i < kCols; ++i) {
     const Words v = load_vector<Words>(x + i * kBlock);
-    if constexpr (kCols > 6) asm("" ::: "memory");  // or else the compiler loads it again for each weight row
+    if constexpr (kRows == 3) asm("" ::: "memory");  // or else the compiler loads it again for each weight row
     LK_UNROLL for (int j = 0; j < kRows; ++j) dots[j][i] = add_pairs(dots[j][i], w[j], v);
   }
 }

@@ -10,12 +10,11 @@ namespace {
 constexpr int64_t kPackedBytes = (kRegisters >= 24 ? 128 : 16) << 10;
 constexpr int64_t kMostUnits = kPackedBytes / (kBlock * int64_t(sizeof(int16_t))) / kLanes + 5;  // of these columns
 
-// Weight rows of a register tile with `cols` x rows. More than four of 8 bits wait for memory longer than they save, also
-// with a few of the sums on the stack, which pays with seven x rows (see panel.h).
+// Weight rows of a register tile with `cols` x rows. More than four of 8 bits wait for memory longer than they save.
 template <int kBits>
 constexpr int rows_of(int cols) {
   if (kRegisters < 24) return cols < 3 ? 4 : 2;
-  if (cols > 7) return 3;
+  if (cols > 6) return 3;
   return kBits == 4 && cols == 3 ? 8 : kBits == 4 && cols == 4 ? 6 : 4;
 }
 
