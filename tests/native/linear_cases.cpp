@@ -24,7 +24,7 @@ void norm(int num_threads) {
 
 template <class T>
 void linear(int num_threads) {
-  const int64_t shapes[][3] = {{1, 1, 1}, {7, 33, 83}, {5, 70, 769}, {66, 25, 40}, {3, 130, 64}};
+  const int64_t shapes[][3] = {{1, 1, 1}, {7, 33, 83}, {5, 70, 769}, {66, 25, 40}, {3, 130, 64}, {6, 53, 1500}, {8, 27, 1030}};
   for (const auto& [m, n, c] : shapes) {
     const int64_t stride = c + 1, out_stride = n + 2;
     const auto x = random_buffer<T>(span(m, stride, c), 4), w = random_buffer<T>(span(n, stride, c), 5, 0.2f);
