@@ -61,6 +61,12 @@ struct Stored<4> {
   }
 };
 
+#if defined(LK_VARIANT_AVX512_BF16)
+constexpr bool kAddsPairsAtOnce = true;  // by one instruction, without a register in between
+#else
+constexpr bool kAddsPairsAtOnce = false;
+#endif
+
 // sums + products of 16-bit lanes, those of a pair added.
 LK_INLINE Ints add_pairs(Ints sums, Words a, Words b) {
 #if defined(LK_VARIANT_AVX512_BF16)
@@ -84,7 +90,7 @@ template <int kRows, int kCols>
 LK_INLINE void add_words(Ints (&dots)[kRows][kCols], const Words (&w)[kRows], const int16_t* x) {
   LK_UNROLL for (int i = 0; i < kCols; ++i) {
     const Words v = load_vector<Words>(x + i * kBlock);
-    if constexpr (kRows == 3) asm("" ::: "memory");  // or else the compiler loads it again for each weight row
+    if constexpr (kCols > 6) asm("" ::: "memory");  // or else the compiler loads it again for each weight row
     LK_UNROLL for (int j = 0; j < kRows; ++j) dots[j][i] = add_pairs(dots[j][i], w[j], v);
   }
 }

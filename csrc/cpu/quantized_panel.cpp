@@ -7,7 +7,7 @@ namespace {
 
 // Packed x that weight rows are multiplied with before the next columns are: it stays in the second-level cache, or with
 // tiles of fewer x rows, which read it faster, in the first.
-constexpr int64_t kPackedBytes = (kRegisters >= 24 ? 128 : 16) << 10;
+constexpr int64_t kPackedBytes = (kRegisters >= 24 ? 256 : 16) << 10;
 constexpr int64_t kMostUnits = kPackedBytes / (kBlock * int64_t(sizeof(int16_t))) / kLanes + 5;  // of these columns
 
 // Weight rows of a register tile with `cols` x rows. More than four of 8 bits wait for memory longer than they save.
@@ -199,9 +199,8 @@ void strip(const Span& s, int64_t n, Ahead ahead, vf* sums) {
 }
 
 // Weight rows [begin, end), at most kTileRows.
-template <int kBits, int kCols>
+template <int kBits, int kCols, int kRows = rows_of<kBits>(kCols)>
 void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, Totals out) {
-  constexpr int kRows = rows_of<kBits>(kCols);
   const int64_t blocks = x.blocks(), count = end - begin;
   const int64_t per_group = w.quantization.group / kBlock, size = scale_size(w.quantization);
   const int64_t groups = per_group == 1 ? blocks : (blocks + per_group - 1) / per_group;
@@ -263,8 +262,10 @@ void rows_of_width(const Matrix& w, const QuantizedRows& x, int64_t begin, int64
     if (cols == 5) return rows<kBits, 5>(w, x, begin, end, out);
     if (cols == 6) return rows<kBits, 6>(w, x, begin, end, out);
     if constexpr (kBits == 8) {
-      if (cols == 7) return rows<kBits, 7>(w, x, begin, end, out);
-      return rows<kBits, 8>(w, x, begin, end, out);
+      if (cols == 8) return rows<kBits, 8>(w, x, begin, end, out);
+      constexpr int kWide = kAddsPairsAtOnce ? 4 : rows_of<kBits>(7);  // as rows_of_wide_tile() has it
+      if (7 * x.c * int64_t(sizeof(int16_t)) > kStayingBytes) return rows<kBits, 7, kWide>(w, x, begin, end, out);
+      return rows<kBits, 7>(w, x, begin, end, out);
     }
   }
 }
