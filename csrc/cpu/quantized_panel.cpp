@@ -113,6 +113,7 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
   constexpr int64_t kBytes = Stored<kBits>::kBytes, kSteps = Stored<kBits>::kSteps;
   constexpr int kEarlyCols = kRegisters < 24 ? 1 : kMaxCols, kAgainCols = kBits == 4 ? 0 : kRegisters < 24 ? 1 : 6;
   const bool alone = s.x.m == kCols;  // otherwise the tiles of a strip ask for the same
+  const bool early = kCols <= kEarlyCols && (alone || (kBits == 8 && kCols == 6));
   const int64_t x_step = s.x.m * kBlock, w_stride = s.w_stride;
   const int64_t size = scale_size(s.q), scale_stride = s.q.scale_stride * size;
   const bool narrow = s.q.scale_dtype == int64_t(DType::bf16);
@@ -133,7 +134,7 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
         LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(fetch + j * w_stride + distance);
       };
       const auto ask_ahead = [&]() __attribute__((always_inline)) {
-        if (kCols <= kEarlyCols && alone) ask(ahead.bytes);
+        if (early) ask(ahead.bytes);
         ask(0);
       };
       if (columns->unit.blocks > 1 || (kBits == 8 && columns->count == kBlock)) {
