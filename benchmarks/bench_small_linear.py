@@ -37,6 +37,31 @@ def bench_large_linear(row, backend, device, rows, shape):
     _bench(row, backend, device, rows, shape, torch.bfloat16)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("shape", [(8192, 2048), (14336, 4096)], ids=lambda s: f"{s[0]}x{s[1]}")
+def bench_gated_linear(row, backend, device, rows, shape):
+    """Gate and up, normed, and SwiGLU: an MLP's first half."""
+    n, c = shape
+    x, norm = (
+        torch.randn(rows, c, dtype=torch.bfloat16, device=device),
+        torch.ones(c, dtype=torch.bfloat16, device=device),
+    )
+    size = 2 * n * c * 2
+    pairs = rotated(lambda: torch.randn(2, n, c, dtype=torch.bfloat16, device=device) / c**0.5, size, device)
+    if backend == "torch":
+
+        def mlp(w):
+            gate, up = F.linear(F.rms_norm(x, (c,), norm, 1e-5), w.flatten(0, 1)).chunk(2, 1)
+            return F.silu(gate) * up
+
+        row([lambda w=w: mlp(w) for w in pairs], size, device)
+        return
+    call = dict(norm=(norm, 1e-5), swiglu=True)
+    assert_close(small_linear(x, list(pairs[0]), **call), reference.small_linear(x, list(pairs[0]), **call), x.dtype)
+    row([lambda w=list(pair): small_linear(x, w, **call) for pair in pairs], size, device)
+
+
 def _bench(row, backend, device, rows, shape, dtype):
     n, c = shape
     x = torch.randn(rows, c, dtype=dtype, device=device)

@@ -15,6 +15,7 @@ would gain at the acceptance it had if time were bytes of weights.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from itertools import chain
@@ -160,6 +161,7 @@ def main() -> None:
         read_per_step=read_per_step,
         bandwidth=read_bandwidth(probe),
         torch=torch.__version__,
+        launches_overlap=device != "cpu" and os.environ.get("LAYERSKIP_PDL") != "0",
     )
     show(rows, conditions)
     if arguments.json:

@@ -5,7 +5,7 @@
 #
 #   build       the compiled libraries, for the GPU at hand, into this checkout; needs nvcc, cmake, ninja and pybind11
 #   tests       of the CUDA kernels, then of the Triton kernels
-#   decode      with the CUDA kernels, the 1B and the 8B shape at batch 1
+#   decode      with the CUDA kernels, the 1B and the 8B shape at batch 1, the former also one launch after the other
 #   benchmarks  of every op
 #   profile     of a round
 #   decode-more the demo model too, batches up to 64, the Triton kernels, transformers compiled
@@ -118,7 +118,7 @@ decode() {  # backend, batch, shape, transformers' ways to compare with …
     local backend=$1 batch=$2 shape=$3 model=(--shape "$3")
     shift 3
     [ "$shape" = demo ] && model=()
-    run "decode-$backend-$batch-$shape${1:+-$1}" limited "$DECODE_SECONDS" "$PYTHON" benchmarks/decode_speed.py \
+    run "decode-$backend-$batch-$shape${1:+-$1}${LAYERSKIP_PDL:+-pdl$LAYERSKIP_PDL}" limited "$DECODE_SECONDS" "$PYTHON" benchmarks/decode_speed.py \
         "${model[@]}" --device cuda --backend "$backend" --batch "$batch" --peers "$@" --num_speculations 2 4 6 \
         --new_tokens 128 --rounds 3 --json "$work/decode.jsonl"
 }
@@ -149,6 +149,7 @@ for step in $steps; do
     decode)
         decode cuda 1 llama3.2-1b transformers
         decode cuda 1 llama3-8b transformers
+        LAYERSKIP_PDL=0 decode cuda 1 llama3.2-1b  # what it brings that launches overlap
         ;;
     benchmarks)
         for file in "${benchmark_files[@]}"; do

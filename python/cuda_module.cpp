@@ -13,17 +13,17 @@ Error rms_norm(Address x, int64_t x_stride, Address weight, Address residual, in
                                        stream_of(stream)));
 }
 
-// weights: data, stride, n, bias, out, out_stride of each.
+// weights: data, stride, n, bias, out, out_stride of each. swiglu: they are gate and up, and share the first one's out.
 Error small_linear(Address x, int64_t x_stride, int64_t m, int64_t c, const std::vector<Ints<6>>& weights,
-                   Address norm_weight, float norm_eps, Address residual, int64_t residual_stride, int dtype,
-                   Address stream) {
+                   Address norm_weight, float norm_eps, Address residual, int64_t residual_stride, bool swiglu,
+                   int dtype, Address stream) {
   std::vector<lk::cuda::LinearWeight> list;
   list.reserve(weights.size());
   for (const Ints<6>& w : weights) list.push_back({pointer(w[0]), w[1], w[2], pointer(w[3]), pointer(w[4]), w[5]});
   py::gil_scoped_release release;
   return error_text(lk::cuda::small_linear({pointer(x), x_stride, m, c, list.data(), int64_t(list.size()),
                                             pointer(norm_weight), norm_eps, pointer(residual), residual_stride,
-                                            lk::DType(dtype)},
+                                            swiglu, lk::DType(dtype)},
                                            stream_of(stream)));
 }
 
@@ -61,6 +61,12 @@ py::dict build_info() {
   return info;
 }
 
+bool overlap_launches(bool overlap) {
+  const bool before = lk::cuda::overlap_launches;
+  lk::cuda::overlap_launches = overlap && lk::cuda::can_overlap();
+  return before;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -71,6 +77,7 @@ PYBIND11_MODULE(_cuda, module) {
   bind_cache(module);
   bind_tokens(module);
 
+  module.def("overlap_launches", &overlap_launches);
   module.def("device_report", &device_report);
   module.def("build_info", &build_info);
 }

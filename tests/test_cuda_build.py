@@ -73,15 +73,27 @@ def test_two_blocks_of_a_narrow_product_fit_a_multiprocessor():
     assert max(narrow.values()) <= 128, narrow
 
 
+def test_every_kernel_lets_the_next_one_start_and_waits_for_those_in_front():
+    """From Hopper on; a kernel that didn't wait could end before one in front of it, and break the chain."""
+    checked = 0
+    for arch in {arch for arch, _ in resources() if int(arch.removeprefix("sm_")) >= 90}:
+        _, *code = re.split(r"Function : (\w+)", cuobjdump("-sass", "-arch", arch))
+        for name, instructions in zip(code[::2], code[1::2]):
+            if "any_kernel" not in name:
+                assert "PREEXIT" in instructions and "ACQBULK" in instructions, f"{name} for {arch}"
+                checked += 1
+    assert checked or all(int(arch.removeprefix("sm_")) < 90 for arch, _ in resources())
+
+
 WIDE_LOAD, WIDE_STORE, MMA = r"LDG\.E\.\S*128", r"STG\.E\.\S*128", r"HMMA\.16816\.F32"
 CODE = {
     # the weights' pipeline: straight to registers
     r"small_linear_kernelINS_4bf16ELi1ELb1E": {r"LDG\.E\.NA\.\S*128": 16, MMA: 8},
     r"exit_head_kernelINS_3f16ELi2ELb1E": {r"LDG\.E\.NA\.\S*128": 16, MMA: 16},
-    r"small_linear_kernelIfLi1ELb1E": {WIDE_LOAD: 8, r"\bFFMA\b": 64},
+    r"small_linear_kernelIfLi1ELb1E": {WIDE_LOAD: 8, r"LDG\.E\.NA\.\S*128": 8, r"\bFFMA\b": 64},
     # keys and values: asynchronous copies, then fragments
     r"verify_attention_kernelINS_4bf16ELi128E": {r"LDGSTS\.E\.\S*128": 2, r"LDSM\.16\.MT?88\.4": 24, MMA: 32},
-    r"rms_norm_kernelINS_4bf16E": {WIDE_LOAD: 2, WIDE_STORE: 1},
+    r"rms_norm_kernelINS_4bf16E": {WIDE_LOAD: 8, WIDE_STORE: 1},
     r"swiglu_kernelINS_3f16E": {WIDE_LOAD: 2, WIDE_STORE: 1},
 }
 

@@ -16,6 +16,7 @@ import layerskip_kernels as lk
 from layerskip_kernels.decode import workspace
 from layerskip_kernels.decode.batch import Batch
 from layerskip_kernels.decode.graphs import CudaDevice, RoundGraphs
+from layerskip_kernels.native.cuda import launch
 
 PROMPTS = [[5, 9, 17, 3, 250, 11, 40], [7], [100, 101, 102] * 14, [30, 20], [8, 8, 8]]
 
@@ -243,6 +244,42 @@ def test_a_device_that_is_not_the_current_one(two_devices, inference):
     assert two_devices.current == "cuda:0"
     device.fetch([])()
     assert two_devices.recorded == ["current stream of cuda:1"]
+
+
+class Library:
+    """In place of the CUDA library: whether this thread's launches overlap."""
+
+    def __init__(self):
+        self.overlap = False
+
+    def overlap_launches(self, overlap):
+        before, self.overlap = self.overlap, overlap
+        return before
+
+
+@pytest.mark.parametrize(("asked", "overlap"), [(None, True), ("1", True), ("0", False)])
+def test_launches_overlap_in_captures_alone(two_devices, monkeypatch, asked, overlap):
+    library, seen = Library(), []
+    monkeypatch.setattr(launch, "cuda_library", lambda: (library, None))
+    monkeypatch.delenv("LAYERSKIP_PDL", raising=False)
+    if asked:
+        monkeypatch.setenv("LAYERSKIP_PDL", asked)
+
+    def fails():
+        seen.append(library.overlap)
+        raise RuntimeError("out of memory")
+
+    device = CudaDevice("cuda:0")
+    device.capture(lambda: seen.append(library.overlap))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        device.capture(fails)
+    assert seen == [overlap, overlap] and not library.overlap
+
+
+def test_a_word_for_overlap_is_refused(two_devices, monkeypatch):
+    monkeypatch.setenv("LAYERSKIP_PDL", "yes")
+    with pytest.raises(ValueError, match="LAYERSKIP_PDL=yes: choose 0 or 1"):
+        CudaDevice("cuda:0").capture(lambda: None)
 
 
 def test_captures_of_several_threads_exclude_each_other(two_devices):

@@ -44,7 +44,7 @@ def script(tmp_path):
     for name, text in (("python", PYTHON), ("compute-sanitizer", SANITIZER)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    nothing = dict.fromkeys(("NO_KERNELS", "LAYERSKIP_CUDA_ARCHS"), "")
+    nothing = dict.fromkeys(("NO_KERNELS", "LAYERSKIP_CUDA_ARCHS", "LAYERSKIP_PDL"), "")
     usual = dict(PYTHON=str(tmp_path / "python"), CALLS=str(tmp_path / "calls"), OUT=str(tmp_path / "out"))
     usual |= dict(PATH=f"{tmp_path}:{os.environ['PATH']}", FAILS="no call", HANGS="no call")
 
@@ -83,11 +83,11 @@ def test_the_most_telling_comes_first(script, tmp_path):
     summary = (tmp_path / "out" / "summary.txt").read_text()
     runs = re.findall(r"^(\S+): exit code 0 after", summary, re.MULTILINE)
     decodes = [run for run in runs if run.startswith("decode-")]
-    assert runs[:3] + decodes[:2] == runs[:5] == ["build", "tests-cuda", "tests-triton", *FIRST_DECODES]
-    assert runs[5:7] == ["bench_small_linear", "bench_verify_attention"]
+    assert runs[:6] == ["build", "tests-cuda", "tests-triton", *FIRST_DECODES, "decode-cuda-1-llama3.2-1b-pdl0"]
+    assert runs[6:8] == ["bench_small_linear", "bench_verify_attention"]
     sanitizer = [f"sanitizer-{tool}" for tool in ("memcheck", "racecheck", "synccheck")]
-    assert ["profile", *decodes[2:], *sanitizer] == runs[runs.index("profile") :]
-    assert len(decodes) == len(set(decodes)) == 3 * 4 * 2 + 3
+    assert ["profile", *decodes[3:], *sanitizer] == runs[runs.index("profile") :]
+    assert len(decodes) == len(set(decodes)) == 3 * 4 * 2 + 4
     assert "test_kernels_decode.py: 1 passed, exit code 0" in summary
     assert {"tests-triton/test_rms_norm.log", *(f"{run}.log" for run in runs)} <= kept(tmp_path)
 
@@ -97,7 +97,7 @@ def test_what_is_called(script, tmp_path):
     assert code == 0, errors
     *others, memcheck, _, _ = calls(tmp_path)
     assert all(call.startswith("90 ") for call in others)  # the GPU's, as no architecture was asked for
-    *tests, decode, _ = others
+    *tests, decode, _, _ = others
     assert " --backend cuda " in tests[0] and " --backend triton " in tests[-1]
     tests = [call.split()[-1] for call in tests]
     assert tests[: len(tests) // 2] == tests[len(tests) // 2 :]
@@ -118,8 +118,8 @@ def test_a_failure_ends_nothing_but_itself(script, tmp_path):
 
 def test_what_hangs_is_cut(script, tmp_path):
     code, _, errors = finish(script("", "decode", "profile", HANGS="llama3.2-1b", DECODE_SECONDS="0.5"))
-    assert (code, errors) == (1, "failed: decode-cuda-1-llama3.2-1b-transformers\n")
-    assert len(calls(tmp_path)) == 3
+    assert (code, errors) == (1, "failed: decode-cuda-1-llama3.2-1b-transformers decode-cuda-1-llama3.2-1b-pdl0\n")
+    assert len(calls(tmp_path)) == 4
     code, output, errors = finish(script("", "tests", HANGS="cuda*test_kernels_decode", TESTS_SECONDS="0.5"))
     assert (code, errors) == (1, "failed: tests-cuda\n")
     assert re.search(r"^test_kernels_decode.py: .*exit code 124$", output, re.MULTILINE)

@@ -60,3 +60,17 @@ def test_speculation_changes_nothing_in_half_precision(kernels, dtype):
     assert result.sequences == plain.sequences
     alone = decoder.generate(PROMPTS[0], max_new_tokens=NEW, eos_token_id=[])
     assert alone.sequences == plain.sequences[:1]
+
+
+@pytest.mark.long_interpreted
+def test_many_rounds_are_the_same_with_and_without_overlapping_launches(kernels, monkeypatch):
+    """On a GPU nearly all of them replay a graph."""
+    model = tiny_model("llama3", dtype=torch.bfloat16, late_scale=0.05, num_hidden_layers=3)
+    answers = []
+    for overlap in "01":
+        monkeypatch.setenv("LAYERSKIP_PDL", overlap)
+        decoder = decoder_of(model, kernels, exit_layer=1, num_speculations=3)
+        for strategy in ("autoregressive", "self_speculative"):
+            result = decoder.generate(PROMPTS, max_new_tokens=60, eos_token_id=[], generation_strategy=strategy)
+            answers.append(result.sequences)
+    assert answers == answers[:1] * 4

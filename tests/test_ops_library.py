@@ -60,6 +60,8 @@ def small_linear(i):
     yield (x, w), dict(norm=norm, residual=i.randn(3, 5), out=i.randn(3, 5))
     yield (x, [w, v]), dict(norm=norm, bias=[None, i.randn(7)])
     yield (x, [w, v]), dict(out=[i.randn(3, 5), i.randn(3, 7)])
+    yield (x, [w, w]), dict(norm=norm, bias=[None, i.randn(5)], swiglu=True)
+    yield (x, [w, w]), dict(swiglu=True, out=i.randn(3, 5))
 
 
 def swiglu(i):

@@ -16,7 +16,7 @@ from op_inputs import (
 )
 from tolerances import assert_close
 
-from layerskip_kernels.ops import rms_norm, small_linear
+from layerskip_kernels.ops import rms_norm, small_linear, swiglu
 
 OP = "small_linear"
 EPS = 1e-5
@@ -88,6 +88,29 @@ def test_norm_with_residual(backend, dtype):
     norm = (inputs.norm(96), EPS)
     expected, *_ = reference(small_linear, x, w, norm=norm, residual=residual)
     assert_close(small_linear(x, w, norm=norm, residual=residual), expected)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 9, 33])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
+def test_gated_equals_swiglu_of_both(backend, dtype, rows):
+    """To the bit, whatever rounds in between; a bias on one side, strided weights, rows that fill no tile."""
+    inputs = Inputs(backend.device, dtype)
+    x, weights = inputs.randn(rows, 83), [strided(inputs.weight(41, 83)), inputs.weight(41, 83)]
+    for more in (dict(), dict(norm=(inputs.norm(83), EPS), bias=[None, inputs.randn(41)])):
+        expected = swiglu(*small_linear(x, weights, **more))
+        assert same_bits(small_linear(x, weights, **more, swiglu=True), expected)
+        out = Guarded((rows, 41), dtype, backend.device)
+        assert small_linear(x, weights, **more, swiglu=True, out=out.view) is out.view
+        assert same_bits(out.view, expected)
+        out.assert_surroundings_unchanged()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
+def test_gated_equals_torch(backend, dtype):
+    inputs = Inputs(backend.device, dtype)
+    x, weights = inputs.randn(6, 256), [inputs.weight(40, 256), inputs.weight(40, 256)]
+    gate, up = (F.linear(x.double(), w.double()).to(dtype).double() for w in weights)
+    assert_close(small_linear(x, weights, swiglu=True), (F.silu(gate) * up).to(dtype))
 
 
 def test_large_values_stay_finite_until_the_rounding(backend):
@@ -169,6 +192,7 @@ def test_rejects_tensor_of_a_list(path, defect):
         (dict(weights=torch.ones(5, 17)), ValueError, r"weights: shape \[5, 17\], expected \[\*, 16\]"),
         (dict(bias=[torch.ones(5)]), TypeError, "bias: expected a tensor, got list"),
         (dict(out=[torch.ones(3, 5)]), TypeError, "out: expected a tensor, got list"),
+        (dict(swiglu=True), ValueError, r"swiglu: needs weights \[gate, up\] of one shape, got \[5, 16\]"),
     ],
 )
 def test_rejects(change, error, message):
@@ -179,6 +203,7 @@ def test_rejects(change, error, message):
     ("change", "error", "message"),
     [
         (dict(residual=torch.ones(3, 5)), ValueError, "residual: needs a single weight, got a list"),
+        (dict(swiglu=True), ValueError, r"swiglu: needs weights \[gate, up\] of one shape, got \[5, 16\], \[7, 16\]"),
         (dict(bias=[None]), ValueError, "bias: 1 entries, expected 2 like weights"),
         (dict(bias=torch.ones(5)), TypeError, "bias: expected a list like weights, got Tensor"),
         (dict(out=[torch.ones(3, 5)]), ValueError, "out: 1 tensors, expected 2 like weights"),

@@ -143,10 +143,12 @@ __device__ __forceinline__ Draw draw_filtered(const ExitHeadArgs& a, int64_t row
 }
 
 __global__ void __launch_bounds__(kChooseThreads) choose_token_kernel(ExitHeadArgs a) {
+  follow_previous_kernels();
   const int64_t row = blockIdx.x, tiles = (a.v + kTileRows - 1) / kTileRows;
   const Partial* partials = static_cast<const Partial*>(a.partials) + row * tiles;
   float largest = -kInfinity;
   Best best{-kInfinity, 0x7fffffff};
+#pragma unroll 8  // loads under way at once
   for (int64_t i = threadIdx.x; i < tiles; i += kChooseThreads) {
     largest = fmaxf(largest, partials[i].max);
     best = better(best, {partials[i].best, partials[i].best_token});
@@ -155,6 +157,7 @@ __global__ void __launch_bounds__(kChooseThreads) choose_token_kernel(ExitHeadAr
   best = block_reduce(best, better);
   const float base = base_of(largest);
   float total = 0;
+#pragma unroll 8
   for (int64_t i = threadIdx.x; i < tiles; i += kChooseThreads)
     if (partials[i].sum != 0) total += partials[i].sum * expf(base_of(partials[i].max) - base);
   total = block_sum(total);

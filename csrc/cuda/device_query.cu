@@ -9,7 +9,16 @@ std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+__global__ void any_kernel() {}
+
 }  // namespace
+
+bool can_overlap() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, any_kernel);
+  cudaGetLastError();
+  return error == cudaSuccess && attributes.ptxVersion >= 90;  // what its code was compiled for, not what runs it
+}
 
 Report query_devices() {
   Report report{CUDART_VERSION, 0, {}, ""};

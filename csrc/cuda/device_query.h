@@ -22,4 +22,7 @@ struct Report {
 
 Report query_devices();
 
+// Whether the kernels' code for the current device waits for the kernel in front by itself (`overlap_launches` of ops.h).
+bool can_overlap();
+
 }  // namespace lk::cuda

@@ -4,7 +4,8 @@ namespace lk::cuda {
 
 cudaError_t exit_head(const ExitHeadArgs& args, cudaStream_t stream) {
   if (args.n == 0) return cudaSuccess;
-  if ((args.norm_weight && args.n > kFusedNormRows) || args.v > 0x7fffffff) return cudaErrorInvalidValue;
+  if ((args.norm_weight && args.n > kFusedNormRows) || args.v > 0x7fffffff || args.c > kMostColumns)
+    return cudaErrorInvalidValue;
   const DType dtype = args.dtype;
   const bool wide = args.c % (kWideBytes / int64_t(size_of(dtype))) == 0 &&
                     is_wide(args.hidden, args.hidden_stride, dtype) && is_wide(args.lm_head, args.lm_head_stride, dtype) &&
@@ -13,7 +14,7 @@ cudaError_t exit_head(const ExitHeadArgs& args, cudaStream_t stream) {
   for (int64_t first = 0; first < args.n; first += most) {
     const int64_t m = std::min(most, args.n - first);
     const void* x = static_cast<const char*>(args.hidden) + first * args.hidden_stride * int64_t(size_of(dtype));
-    const ExitHeadLaunch pass{{x, args.hidden_stride, m, args.c, args.norm_weight, args.eps}, args, first};
+    const ExitHeadLaunch pass{{x, args.hidden_stride, int(m), int(args.c), args.norm_weight, args.eps}, args, first};
     dim3 grid;
     cudaError_t error = linear_grid(tiles, m, &grid);
     if (error == cudaSuccess)

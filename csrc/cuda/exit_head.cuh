@@ -59,13 +59,16 @@ struct ExitHeadLaunch {
 template <class T, int kTiles, bool kWide>
 __global__ void __launch_bounds__(kLinearThreads, kTiles > 2 ? 1 : 2) exit_head_kernel(ExitHeadLaunch launch) {
   const ExitHeadArgs& a = launch.args;
-  const int64_t tiles = (a.v + kTileRows - 1) / kTileRows;
-  const auto rows_of = [&](int64_t tile) { return WeightRows{a.lm_head, a.lm_head_stride, tile * kTileRows, a.v}; };
-  const auto finish = [&](int64_t tile, int i, float logit) {
+  const int tiles = int((a.v + kTileRows - 1) / kTileRows);
+  const auto rows_of = [&](int tile) {
+    const WeightRows upper{a.lm_head, a.lm_head_stride, int64_t(tile) * kTileRows, a.v};
+    return WeightTile{upper, {upper.data, upper.stride, upper.first + 8, upper.end}};
+  };
+  const auto finish = [&](int tile, int i, float logit) {
     const int row_of_pass = i / kTileRows;
     const bool real = row_of_pass < launch.input.m;  // the others only take part in the shuffles
     const int64_t row = launch.first + (real ? row_of_pass : 0);
-    const int64_t token = tile * kTileRows + i % kTileRows;
+    const int64_t token = int64_t(tile) * kTileRows + i % kTileRows;
     const bool exists = real && token < a.v;
     if (a.bias && exists) logit += widen(static_cast<const T*>(a.bias)[token]);
     logit *= a.logit_scale;

@@ -15,6 +15,7 @@ constexpr int64_t kRollbackShared = 32 << 10;
 
 __global__ void __launch_bounds__(kRollbackThreads) add_lengths_kernel(KvRollbackArgs a) {
   const int64_t b = int64_t(blockIdx.x) * kRollbackThreads + threadIdx.x;
+  follow_previous_kernels();
   if (b < a.b) a.lengths[b] += a.keep[b];
 }
 
@@ -22,6 +23,7 @@ __global__ void __launch_bounds__(kRollbackThreads) add_lengths_kernel(KvRollbac
 template <class Word>
 __global__ void __launch_bounds__(kRollbackThreads) move_rows_kernel(KvRollbackArgs a) {
   LK_DYNAMIC_SHARED(shared);
+  follow_previous_kernels();
   Word* moved = reinterpret_cast<Word*>(shared);
   const int64_t b = blockIdx.y, layer = blockIdx.z, g = blockIdx.x / 2;
   const int64_t slot = a.slot_ids ? a.slot_ids[b] : b;

@@ -5,13 +5,14 @@
 // assignment of k to an operand's places will do as long as both operands use it, so a lane feeds two mma with 8
 // neighbouring elements of a row: weights and x go from memory to registers in 16-byte loads, no shared memory, no shuffles.
 //
-// The order of a sum: warp w takes the steps w, w + 8, ... of kStep elements, in each the same chain of mma; the block adds
-// the warps' sums in rising order. That is a function of c and the dtype. The number of tokens, tiles, blocks, a list of
+// The order of a sum: warp w takes the steps w, w + 8, ... of kStep elements, in each the same two chains of mma, one of them
+// new and added to the other at the end; the block adds the warps' sums in rising order. That is a function of c and the dtype. The number of tokens, tiles, blocks, a list of
 // weights, alignment and a fused norm change none of it. float32 has no mma that keeps its digits: a warp there takes two
 // rows, a lane the vectors lane, lane + 32, ..., summed with FMA and over the lanes by shuffles.
 //
-// Little's law on an H100: 3.35 TB/s x 0.8 us = 2.7 MB under way, 20 KB per multiprocessor. Here each warp loads step i + 1
-// (kDepth x 1 KB), across tile boundaries too, while it multiplies step i: 16 warps x 4 KB = 64 KB per multiprocessor.
+// Little's law on an H100: 3.35 TB/s x 0.8 us = 2.7 MB under way, 20 KB per multiprocessor. Here each warp has two steps
+// (of kDepth x 1 KB) under way when it waits for the first, across tile boundaries too: 8 warps x 8 KB = 64 KB per block. The
+// first two are asked for before the kernel in front has ended (see launch()).
 #pragma once
 
 #include <algorithm>
@@ -27,50 +28,68 @@ constexpr int kMaxTokens = 64;  // of one pass over W
 constexpr int kChunk = 32;      // elements that the four lanes of a row load at once
 constexpr int kDepth = 4;       // chunks in a step
 constexpr int kStep = kChunk * kDepth;
+constexpr int64_t kMostTiles = 1 << 30, kMostColumns = 1 << 30;  // of what an int counts
 constexpr int kSumStride = kTileRows + 4;  // floats between tokens: no bank conflicts
 
 struct LinearInput {
   const void* x;  // [m, c], m <= kMaxTokens
   int64_t x_stride;
-  int64_t m, c;
+  int m, c;
   const void* norm_weight;  // [c] or null; m <= kFusedNormRows with it
   float norm_eps;
 };
 
-struct WeightRows {  // rows [first, end) of a matrix: the tile, cut at its last row
+struct WeightRows {  // eight rows of a matrix from `first` on, those from `end` on in name only
   const void* data;
   int64_t stride, first, end;
 };
 
-// Operands of 8 neighbouring elements: as two mma take them.
+struct WeightTile {  // rows 0 to 7 and 8 to 15 of a tile
+  WeightRows upper, lower;
+};
+
+template <class T>
+__device__ __forceinline__ const T* row_of(const WeightRows& w, int row) {
+  return static_cast<const T*>(w.data) + min(w.first + row, w.end - 1) * w.stride;
+}
+
+// 16 bytes of a row of c elements, zeros behind its end.
 template <class T, bool kWide>
-__device__ __forceinline__ uint4 load_elements(const T* row, int64_t k, int64_t c) {
+__device__ __forceinline__ uint4 load_elements(const T* row, int k, int c) {
   if constexpr (kWide) {
-    return k < c ? *reinterpret_cast<const uint4*>(row + k) : make_uint4(0, 0, 0, 0);
+    return load_whole(row, k, c);
   } else {
-    alignas(16) T elements[8];
+    Elements<T> elements;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) elements[j] = k + j < c ? row[k + j] : T{};
-    return *reinterpret_cast<const uint4*>(elements);
+    for (int j = 0; j < kVector<T>; ++j) elements.at[j] = k + j < c ? row[k + j] : T{};
+    return elements.wide;
   }
+}
+
+// The same of a row of W.
+template <class T, bool kWide>
+__device__ __forceinline__ uint4 load_weights(const T* row, int k, int c) {
+  if constexpr (kWide) return k < c ? load_stream(row + k) : make_uint4(0, 0, 0, 0);
+  else return load_elements<T, false>(row, k, c);
 }
 
 template <class T, int kTiles, bool kWide>
 struct HalfProduct {
   static constexpr int kTokens = kTiles * kTileTokens;
   static constexpr int kSums = kLinearWarps;  // of each output, to be added in order
+  static constexpr int kTogether = kTiles == 2 ? kDepth / 2 : kDepth;  // loads of x; registers are scarce at two tiles
 
   struct Step {
     uint4 upper[kDepth], lower[kDepth];  // rows lane / 4 and lane / 4 + 8 of the tile
   };
   float sums[kTiles][4];
 
-  static __device__ __forceinline__ int64_t steps(int64_t c) {
+  static __device__ __forceinline__ int steps(int c) {
     return (c + kLinearWarps * kStep - 1) / (kLinearWarps * kStep);
   }
 
-  static __device__ __forceinline__ int64_t first_element(int64_t step) {
-    return (step * kLinearWarps + threadIdx.x / 32) * kStep + threadIdx.x % 4 * 8;
+  static __device__ __forceinline__ int first_element(int step) {
+    return (step * kLinearWarps + int(threadIdx.x) / 32) * kStep + int(threadIdx.x) % 4 * 8;
   }
 
   __device__ __forceinline__ void clear() {
@@ -80,59 +99,56 @@ struct HalfProduct {
       for (int j = 0; j < 4; ++j) sums[i][j] = 0;
   }
 
-  static __device__ __forceinline__ void load(Step& step, const WeightRows& w, int64_t index, int64_t c) {
-    const int64_t row = w.first + threadIdx.x % 32 / 4, last = w.end - 1;
-    const T* upper = static_cast<const T*>(w.data) + min(row, last) * w.stride;
-    const T* lower = static_cast<const T*>(w.data) + min(row + 8, last) * w.stride;
-    const int64_t k = first_element(index);
+  static __device__ __forceinline__ void load(Step& step, const WeightTile& w, int index, int c) {
+    const int row = threadIdx.x % 32 / 4;
+    const T *upper = row_of<T>(w.upper, row), *lower = row_of<T>(w.lower, row);
+    const int k = first_element(index);
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
-      const int64_t at = k + i * kChunk;
-      if constexpr (kWide) {
-        step.upper[i] = at < c ? load_stream(upper + at) : make_uint4(0, 0, 0, 0);
-        step.lower[i] = at < c ? load_stream(lower + at) : make_uint4(0, 0, 0, 0);
-      } else {
-        step.upper[i] = load_elements<T, false>(upper, at, c);
-        step.lower[i] = load_elements<T, false>(lower, at, c);
-      }
+      step.upper[i] = load_weights<T, kWide>(upper, k + i * kChunk, c);
+      step.lower[i] = load_weights<T, kWide>(lower, k + i * kChunk, c);
     }
   }
 
   // Eight elements of a token, normed like rms_norm_kernel does it.
   static __device__ __forceinline__ uint4 norm(uint4 x, uint4 weight, float scale) {
-    alignas(16) T v[8], w[8];
-    *reinterpret_cast<uint4*>(v) = x;
-    *reinterpret_cast<uint4*>(w) = weight;
+    Elements<T> v{x}, w{weight};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = narrow<T>(widen(v[j]) * scale * widen(w[j]));
-    return *reinterpret_cast<const uint4*>(v);
+    for (int j = 0; j < 8; ++j) v.at[j] = narrow<T>(widen(v.at[j]) * scale * widen(w.at[j]));
+    return v.wide;
   }
 
-  __device__ __forceinline__ void multiply(const Step& step, const LinearInput& a, int64_t index, const float* scales) {
-    const int64_t k = first_element(index);
+  __device__ __forceinline__ void multiply(const Step& step, const LinearInput& a, int index, const float* scales) {
+    const int k = first_element(index);
     const int token = threadIdx.x % 32 / 4;
-    if (k - threadIdx.x % 4 * 8 >= a.c) return;  // the whole warp: nothing but zeros follows
+    if (k - int(threadIdx.x) % 4 * 8 >= a.c) return;  // the whole warp: nothing but zeros follows
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i) {
-      const int64_t at = k + i * kChunk;
-      uint4 weight;
-      if (a.norm_weight) weight = load_elements<T, kWide>(static_cast<const T*>(a.norm_weight), at, a.c);
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int row = tile * kTileTokens + token;
+      if (tile * kTileTokens >= a.m) break;
+      const T* x_row = static_cast<const T*>(a.x) + min(row, a.m - 1) * a.x_stride;
+      float others[4] = {};  // two chains of mma, since each waits for the one before in its chain
+      // Asked for together, before the first is needed. What there is for rows from m on, nobody looks at.
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const int row = tile * kTileTokens + token;
-        if (tile * kTileTokens >= a.m) break;
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (row < a.m) {
-          x = load_elements<T, kWide>(static_cast<const T*>(a.x) + row * a.x_stride, at, a.c);
-          if (a.norm_weight) x = norm(x, weight, scales[row]);
+      for (int first = 0; first < kDepth; first += kTogether) {
+        uint4 x[kTogether];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) x[i] = load_elements<T, kWide>(x_row, k + (first + i) * kChunk, a.c);
+        if (a.norm_weight) {
+          const T* weight = static_cast<const T*>(a.norm_weight);
+#pragma unroll
+          for (int i = 0; i < kTogether; ++i)
+            x[i] = norm(x[i], load_elements<T, kWide>(weight, k + (first + i) * kChunk, a.c), scales[row]);
         }
-        const uint32_t low_w[4] = {step.upper[i].x, step.lower[i].x, step.upper[i].y, step.lower[i].y};
-        const uint32_t low_x[2] = {x.x, x.y};
-        mma<T>(sums[tile], low_w, low_x);
-        const uint32_t high_w[4] = {step.upper[i].z, step.lower[i].z, step.upper[i].w, step.lower[i].w};
-        const uint32_t high_x[2] = {x.z, x.w};
-        mma<T>(sums[tile], high_w, high_x);
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const uint4 upper = step.upper[first + i], lower = step.lower[first + i];
+          mma<T>(sums[tile], {upper.x, lower.x, upper.y, lower.y}, {x[i].x, x[i].y});
+          mma<T>(others, {upper.z, lower.z, upper.w, lower.w}, {x[i].z, x[i].w});
+        }
       }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[tile][j] += others[j];
     }
   }
 
@@ -156,11 +172,11 @@ struct FloatProduct {
   static constexpr int kFloatStep = 2 * 32 * 4;
 
   struct Step {
-    Vector<float> w[kRows][2];
+    Elements<float> w[kRows][2];
   };
   float sums[kRows][kTokens];
 
-  static __device__ __forceinline__ int64_t steps(int64_t c) { return (c + kFloatStep - 1) / kFloatStep; }
+  static __device__ __forceinline__ int steps(int c) { return (c + kFloatStep - 1) / kFloatStep; }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -169,28 +185,27 @@ struct FloatProduct {
       for (int j = 0; j < kTokens; ++j) sums[i][j] = 0;
   }
 
-  static __device__ __forceinline__ void load(Step& step, const WeightRows& w, int64_t index, int64_t c) {
+  static __device__ __forceinline__ void load(Step& step, const WeightTile& w, int index, int c) {
+    const int first = threadIdx.x / 32 * kRows;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int64_t row = min(w.first + int64_t(threadIdx.x / 32 * kRows + i), w.end - 1);
+      const float* row = row_of<float>(first < 8 ? w.upper : w.lower, first % 8 + i);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int64_t k = index * kFloatStep + j * 128 + threadIdx.x % 32 * 4;
-        step.w[i][j] = load_vector(static_cast<const float*>(w.data) + row * w.stride, k, c, kWide);
-      }
+      for (int j = 0; j < 2; ++j)
+        step.w[i][j].wide = load_weights<float, kWide>(row, index * kFloatStep + j * 128 + int(threadIdx.x) % 32 * 4, c);
     }
   }
 
-  __device__ __forceinline__ void multiply(const Step& step, const LinearInput& a, int64_t index, const float* scales) {
+  __device__ __forceinline__ void multiply(const Step& step, const LinearInput& a, int index, const float* scales) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int64_t k = index * kFloatStep + j * 128 + threadIdx.x % 32 * 4;
-      Vector<float> weight;
-      if (a.norm_weight) weight = load_vector(static_cast<const float*>(a.norm_weight), k, a.c, kWide);
+      const int k = index * kFloatStep + j * 128 + int(threadIdx.x) % 32 * 4;
+      Elements<float> weight, x;
+      if (a.norm_weight) weight.wide = load_elements<float, kWide>(static_cast<const float*>(a.norm_weight), k, a.c);
 #pragma unroll
       for (int token = 0; token < kTokens; ++token) {
         if (token >= a.m) break;
-        Vector<float> x = load_vector(static_cast<const float*>(a.x) + token * a.x_stride, k, a.c, kWide);
+        x.wide = load_elements<float, kWide>(static_cast<const float*>(a.x) + token * a.x_stride, k, a.c);
         if (a.norm_weight)
 #pragma unroll
           for (int e = 0; e < 4; ++e) x.at[e] = x.at[e] * scales[token] * weight.at[e];
@@ -216,37 +231,42 @@ struct FloatProduct {
 template <class T, int kTiles, bool kWide>
 using Product = std::conditional_t<std::is_same_v<T, float>, FloatProduct<kWide>, HalfProduct<T, kTiles, kWide>>;
 
-// Goes over the tiles blockIdx.x, blockIdx.x + gridDim.x, ... : rows_of(tile) says which rows those are, and
-// finish(tile, i, sum) is called by all threads with i = 16 token + row of the tile, sum only valid where token < m.
+// Goes over the tiles blockIdx.x, blockIdx.x + gridDim.x, ... : rows_of(tile) is the WeightTile, and finish(tile, i, sum)
+// is called by all threads with i = 16 token + row of the tile, sum only valid where token < m.
 template <class P, class T, bool kWide, class RowsOf, class Finish>
-__device__ __forceinline__ void for_tiles(const LinearInput& a, int64_t tiles, RowsOf rows_of, Finish finish) {
+__device__ __forceinline__ void for_tiles(const LinearInput& a, int tiles, RowsOf rows_of, Finish finish) {
   __shared__ float shared[P::kSums * P::kTokens * kSumStride];
   __shared__ float scales[kFusedNormRows];
-  const int64_t steps = P::steps(a.c);
-  int64_t tile = blockIdx.x;
+  const int steps = P::steps(a.c), stride = int(gridDim.x);
+  int tile = int(blockIdx.x), ahead = tile, ahead_step = 0;
+  const auto load_ahead = [&](typename P::Step& step) {
+    if (ahead < tiles) P::load(step, rows_of(ahead), ahead_step, a.c);
+    if (++ahead_step == steps) ahead_step = 0, ahead += stride;
+  };
   typename P::Step now, next;
-  P::load(now, rows_of(tile), 0, a.c);
+  allow_next_kernel();
+  load_ahead(now);
+  load_ahead(next);
+  wait_for_previous_kernels();
   if (a.norm_weight) {  // the first weights are on their way
-    for (int64_t row = threadIdx.x / 32; row < a.m; row += kLinearWarps) {
+    for (int row = threadIdx.x / 32; row < a.m; row += kLinearWarps) {
       const float scale = inverse_rms(static_cast<const T*>(a.x) + row * a.x_stride, a.c, a.norm_eps, kWide);
       if (threadIdx.x % 32 == 0) scales[row] = scale;
     }
     __syncthreads();
   }
-  for (; tile < tiles; tile += gridDim.x) {
+  for (; tile < tiles; tile += stride) {
     P product;
     product.clear();
-    for (int64_t step = 0; step < steps; ++step) {
-      const bool last = step + 1 == steps;
-      const int64_t following = last ? tile + gridDim.x : tile;
-      if (following < tiles) P::load(next, rows_of(following), last ? 0 : step + 1, a.c);
+    for (int step = 0; step < steps; ++step) {
       product.multiply(now, a, step, scales);
       now = next;
+      load_ahead(next);
     }
     product.store(shared);
     __syncthreads();
-    for (int64_t first = 0; first < a.m * kTileRows; first += kLinearThreads) {
-      const int i = int(first) + threadIdx.x, place = i / kTileRows * kSumStride + i % kTileRows;
+    for (int first = 0; first < a.m * kTileRows; first += kLinearThreads) {
+      const int i = first + threadIdx.x, place = i / kTileRows * kSumStride + i % kTileRows;
       float sum = 0;
       if (i < a.m * kTileRows) {
         sum = shared[place];

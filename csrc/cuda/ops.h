@@ -11,6 +11,10 @@
 
 namespace lk::cuda {
 
+// Whether kernels that this thread launches may start before the one in front of them has ended (device.cuh). For chains of
+// these ops in which nothing writes what a later one takes for weights: those are read ahead. Needs can_overlap().
+inline thread_local bool overlap_launches = false;
+
 struct RmsNormArgs {
   const void* x;  // [m, c]
   int64_t x_stride;
@@ -46,6 +50,7 @@ struct SmallLinearArgs {
   float norm_eps;
   const void* residual;  // [m, n] or null; with a single weight only
   int64_t residual_stride;
+  bool swiglu;  // the two weights are gate and up, of equal n: swiglu(gate, up) into the first one's `out`
   DType dtype;  // of every tensor
 };
 constexpr int64_t kFusedNormRows = 16;  // above, rms_norm in front costs less and gives the same bits

@@ -16,12 +16,25 @@ constexpr int kNormWarps = 4;
 template <class T>
 __device__ __forceinline__ float inverse_rms(const T* x, int64_t c, float eps, bool wide) {
   Vector<T> squares{};
-  const int lane = threadIdx.x % 32;
-#pragma unroll 4
-  for (int64_t i = lane * squares.size; i < c; i += 32 * squares.size) {
-    const Vector<T> v = load_vector(x, i, c, wide);
+  constexpr int kTogether = 8, kStep = 32 * squares.size;  // as many loads are asked for before the first is needed
+  const int64_t first = threadIdx.x % 32 * squares.size;
+  const auto add = [&](float value, int j) { squares.at[j] = fmaf(value, value, squares.at[j]); };
+  if (wide && c % squares.size == 0) {
+    for (int64_t i = first; i < c; i += kTogether * kStep) {
+      Elements<T> v[kTogether];
 #pragma unroll
-    for (int j = 0; j < v.size; ++j) squares.at[j] = fmaf(v.at[j], v.at[j], squares.at[j]);
+      for (int n = 0; n < kTogether; ++n) v[n].wide = load_whole(x, i + n * kStep, c);
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n)
+#pragma unroll
+        for (int j = 0; j < squares.size; ++j) add(widen(v[n].at[j]), j);
+    }
+  } else {
+    for (int64_t i = first; i < c; i += kStep) {
+      const Vector<T> v = load_vector(x, i, c, false);
+#pragma unroll
+      for (int j = 0; j < v.size; ++j) add(v.at[j], j);
+    }
   }
   float sum = 0;
 #pragma unroll
@@ -37,6 +50,7 @@ struct RmsNormLaunch {
 template <class T>
 __global__ void __launch_bounds__(32 * kNormWarps) rms_norm_kernel(RmsNormLaunch launch) {
   const RmsNormArgs& a = launch.args;
+  follow_previous_kernels();
   const int64_t row = int64_t(blockIdx.x) * kNormWarps + threadIdx.x / 32;
   if (row >= a.m) return;
   const int lane = threadIdx.x % 32;

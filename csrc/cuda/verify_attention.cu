@@ -49,10 +49,12 @@ cudaError_t verify_attention(const VerifyAttentionArgs& args, cudaStream_t strea
   a.slots_held = plan.slots_held;
   a.sliding_window = int(args.sliding_window > 0 ? std::min<int64_t>(args.sliding_window, kNoWindow) : kNoWindow);
   a.slack = args.tree_mask ? int(divide_up(args.t, 64) * 64) : 0;
-  a.wide = true;
-  for (int i = 0; i < 3; ++i)
+  a.wide = a.wide_q = true;
+  for (int i = 0; i < 3; ++i) {
     a.wide = a.wide && is_wide(args.k_cache, args.k_cache_stride[i], args.dtype) &&
              is_wide(args.v_cache, args.v_cache_stride[i], args.dtype);
+    a.wide_q = a.wide_q && is_wide(args.q, args.q_stride[i], args.dtype);
+  }
   a.sums = args.scratch;
   a.stats = args.scratch + plan.rows * plan.sequences * args.h * plan.slots_held * args.d;
   for (a.first_batch = 0; a.first_batch < args.b; a.first_batch += plan.sequences)

@@ -29,7 +29,7 @@ struct AttentionLaunch {
   int64_t first_batch, first_row, rows;  // window rows [first_row, first_row + rows) of the sequences from first_batch on
   int slots, slots_held;                 // chunks of a row; of them in scratch
   int sliding_window, slack;             // slack: positions behind a row's own that it may see
-  bool wide;
+  bool wide, wide_q;  // rows of the caches, of q, start at multiples of 16 bytes
   float* sums;   // [sequence, row, h, slots_held, d]
   float* stats;  // [sequence, row, h, slots_held, 2]
 };
@@ -75,6 +75,17 @@ struct AttentionShared {
   };
 };
 
+// Starts a copy of 16 bytes, of zeros if they are not real. `wide`: `from` is a multiple of 16 bytes.
+template <class T>
+__device__ __forceinline__ void copy_vector(T* to, const T* from, bool real, bool wide) {
+  if (wide) {
+    copy_async(to, from, real ? 16 : 0);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVector<T>; ++j) to[j] = real ? from[j] : T{};
+  }
+}
+
 // Positions [start, start + kTileKeys) of a head, zeros outside [first, end) and in the padding.
 template <class T, int kStride, int kPadding>
 __device__ __forceinline__ void load_tile(T* shared, const T* head, int64_t stride, int start, int first, int end, int d,
@@ -83,19 +94,13 @@ __device__ __forceinline__ void load_tile(T* shared, const T* head, int64_t stri
   for (int i = threadIdx.x; i < kTileKeys * vectors; i += kAttentionThreads) {
     const int key = i / vectors, column = i % vectors * kVector<T>, position = start + key;
     const bool real = position >= first && position < end && column < d;
-    T* to = shared + key * kStride + column;
-    const T* from = head + (real ? position * stride + column : 0);
-    if (wide) {
-      copy_async(to, from, real ? 16 : 0);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) to[j] = real ? from[j] : T{};
-    }
+    copy_vector(shared + key * kStride + column, head + (real ? position * stride + column : 0), real, wide);
   }
 }
 
 template <class T, int kMaxDim>
 __global__ void __launch_bounds__(kAttentionThreads) verify_attention_kernel(AttentionLaunch a) {
+  follow_previous_kernels();
   using Shared = AttentionShared<T, kMaxDim>;
   using Tile = typename Shared::Tile;
   LK_DYNAMIC_SHARED(memory);
@@ -121,21 +126,25 @@ __global__ void __launch_bounds__(kAttentionThreads) verify_attention_kernel(Att
   const auto row_of = [&](int row) { return int(a.first_row) + (first_packed + row) / group; };
   const auto head_of = [&](int row) { return g * group + (first_packed + row) % group; };
   const int padded = (d + Tile::kPadding - 1) / Tile::kPadding * Tile::kPadding;
-  for (int i = threadIdx.x; i < kQueryRows * padded; i += kAttentionThreads) {
-    const int row = i / padded, column = i % padded, t = row_of(row);
-    const T* q = static_cast<const T*>(args.q) + b * args.q_stride[0] + t * args.q_stride[1] +
-                 head_of(row) * args.q_stride[2];
-    shared.q[row * Tile::kStride + column] = t < stop_row && column < d ? q[column] : T{};
+  const auto chunks_of_row = [&](int row) {
+    const int t = row_of(row);
+    return t < stop_row ? chunks_of(a, length, queries, t) : RowChunks{{0, 0, 0}, 0};
+  };
+  // The first tile's wait and barrier are these too.
+  for (int i = threadIdx.x; i < kQueryRows * padded / kVector<T>; i += kAttentionThreads) {
+    const int row = i * kVector<T> / padded, column = i * kVector<T> % padded;
+    const bool real = row_of(row) < stop_row && column < d;
+    const T* q = static_cast<const T*>(args.q) + b * args.q_stride[0];
+    if (real) q += row_of(row) * args.q_stride[1] + head_of(row) * args.q_stride[2] + column;
+    copy_vector(shared.q + row * Tile::kStride + column, q, real, a.wide_q);
   }
   if (threadIdx.x < kQueryRows) {
-    const int t = row_of(threadIdx.x);
-    shared.rows[threadIdx.x] = t < stop_row ? chunks_of(a, length, queries, t) : RowChunks{{0, 0, 0}, 0};
+    shared.rows[threadIdx.x] = chunks_of_row(threadIdx.x);
     shared.bad[threadIdx.x] = 0;
   }
-  __syncthreads();
   RowView views[Tile::kRows];
 #pragma unroll
-  for (int i = 0; i < Tile::kRows; ++i) views[i] = shared.rows[Tile::row_of(i)].view;
+  for (int i = 0; i < Tile::kRows; ++i) views[i] = chunks_of_row(Tile::row_of(i)).view;
   const WindowTree tree{args.tree_mask, args.tree_mask_stride, length};
   const int warp = threadIdx.x / 32;
 
@@ -207,6 +216,7 @@ __global__ void __launch_bounds__(kAttentionThreads) verify_attention_kernel(Att
 // A block per head of a window row; rows past num_queries become zero.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads) merge_attention_kernel(AttentionLaunch a) {
+  follow_previous_kernels();
   constexpr int kMost = 256;
   __shared__ float sums[kMergeWarps][kMost];
   __shared__ float totals[kMergeWarps];

@@ -168,6 +168,7 @@ __device__ __forceinline__ int64_t draw(const Weights& weights, double uniform, 
 }
 
 __global__ void __launch_bounds__(kRejectionThreads) verify_rejection_kernel(VerifyRejectionArgs a) {
+  follow_previous_kernels();
   const int64_t row = blockIdx.x;
   const Sequence s{a, row, drafts_of(a.round, row)};
   int64_t accepted = 0, token = 0;

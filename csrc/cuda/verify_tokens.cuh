@@ -11,6 +11,7 @@ namespace lk::cuda {
 constexpr int kVerifyThreads = 32;
 
 __global__ void __launch_bounds__(kVerifyThreads) verify_tokens_kernel(VerifyTokensArgs a) {
+  follow_previous_kernels();
   const int64_t row = blockIdx.x, drafts = drafts_of(a.round, row);
   const int64_t* draft = a.round.draft + row * a.round.draft_stride;
   const int64_t* target = a.target + row * a.target_stride;

@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
+from layerskip_kernels.native.cuda import launch
+
 # A capture begins by waiting for the whole device, which would break one that is under way in another thread.
 _capturing = threading.Lock()
 
@@ -35,6 +37,7 @@ class CudaDevice:
             torch.inference_mode(False),
             torch.cuda.graph(graph := torch.cuda.CUDAGraph(), **how),
             torch.inference_mode(),
+            launch.overlapping(),
         ):
             body()
         self._pool = graph.pool()

@@ -139,9 +139,11 @@ def torch_is_faster(ops: SimpleNamespace, device: torch.device, dtype: torch.dty
 def torch_linear(ops: SimpleNamespace):
     """`small_linear` for many rows: torch's product, the same rounding points."""
 
-    def linear(x, weights, *, bias=None, norm=None, residual=None, out=None):
+    def linear(x, weights, *, bias=None, norm=None, residual=None, swiglu=False, out=None):
         if norm is not None:
             x = ops.rms_norm(x, *norm)
+        if swiglu:
+            return ops.swiglu(*linear(x, weights, bias=bias), out=out)
         if isinstance(weights, torch.Tensor):
             y = torch.nn.functional.linear(x, weights, bias)
             return y if residual is None else residual + y

@@ -16,6 +16,7 @@ def small_linear(
     bias: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     residual: torch.Tensor | None = None,
+    swiglu: bool = False,
     out: torch.Tensor | Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor | list[torch.Tensor]:
     """``x @ Wᵀ + bias`` for few rows: the weights, stored row-major as checkpoints store them, are read once.
@@ -27,10 +28,11 @@ def small_linear(
         bias: [N], or with a list of weights a list of [N_i] or None.
         norm: (weight [C], eps): `rms_norm` of x first, rounded as the op of that name rounds.
         residual: [M, N], single weight only: the result is ``residual + linear``. `out` may be the same tensor.
-        out: where to write the result; a list with a list of weights.
+        swiglu: weights is [gate, up], of equal N: the result is the op `swiglu` of their products.
+        out: where to write the result; a list with a list of weights, but for swiglu.
 
     Returns:
-        [M, N], or a list of [M, N_i]. float32 sums; rounded after the bias, and again after the residual.
+        [M, N], or a list of [M, N_i]. float32 sums; rounded after the bias, and again after the residual or swiglu.
 
     Raises:
         TypeError, ValueError: an argument of wrong dtype, shape, device or range.
@@ -53,7 +55,12 @@ def small_linear(
     if residual is not None and many:
         raise ValueError("residual: needs a single weight, got a list")
     _check.optional("residual", residual, (rows, ws[0].shape[0]), dtype=x.dtype, like=x)
-    if out is not None:
+    if swiglu and [w.shape[0] for w in ws] != 2 * [ws[0].shape[0]]:
+        found = ", ".join(str(list(w.shape)) for w in ws)
+        raise ValueError(f"swiglu: needs weights [gate, up] of one shape, got {found}")
+    if swiglu:
+        _check.optional("out", out, (rows, ws[0].shape[0]), dtype=x.dtype, like=x)
+    elif out is not None:
         outs = _sequence("out", out) if many else [out]
         if len(outs) != len(ws):
             raise ValueError(f"out: {len(outs)} tensors, expected {len(ws)} like weights")
@@ -63,10 +70,10 @@ def small_linear(
         refuse_tracing("weights")
     if torch.compiler.is_compiling():
         norm_weight, eps = norm or (None, 0.0)
-        result = torch.ops.layerskip_kernels.small_linear(x, ws, bs, norm_weight, eps, residual)
-        return _library.into(out, result if many else result[0])
+        result = torch.ops.layerskip_kernels.small_linear(x, ws, bs, norm_weight, eps, residual, swiglu)
+        return _library.into(out, result if many and not swiglu else result[0])
     op = resolve("small_linear", x.device, x.dtype, quantized=quantized)
-    return op(x, weights, bias=bias, norm=norm, residual=residual, out=out)
+    return op(x, weights, bias=bias, norm=norm, residual=residual, swiglu=swiglu, out=out)
 
 
 def _lists(weights, bias) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
@@ -89,18 +96,22 @@ def _sequence(name, value) -> list:
     return list(value)
 
 
-def _kernel(x, weights, bias, norm_weight=None, norm_eps=0.0, residual=None):
+def _kernel(x, weights, bias, norm_weight=None, norm_eps=0.0, residual=None, swiglu=False):
     norm = None if norm_weight is None else (norm_weight, norm_eps)
+    if swiglu:
+        return [small_linear(x, weights, bias=bias, norm=norm, swiglu=True)]
     if residual is not None:
         return [small_linear(x, weights[0], bias=bias[0], norm=norm, residual=residual)]
     return small_linear(x, weights, bias=bias, norm=norm)
 
 
+def _fake(x, weights, bias, norm_weight=None, norm_eps=0.0, residual=None, swiglu=False):
+    return [x.new_empty(x.shape[0], w.shape[0]) for w in (weights[:1] if swiglu else weights)]
+
+
 _library.register(
     "small_linear(Tensor x, Tensor[] weights, Tensor?[] bias, Tensor? norm_weight=None, float norm_eps=0.0, "
-    "Tensor? residual=None) -> Tensor[]",
+    "Tensor? residual=None, bool swiglu=False) -> Tensor[]",
     _kernel,
-    lambda x, weights, bias, norm_weight=None, norm_eps=0.0, residual=None: [
-        x.new_empty(x.shape[0], w.shape[0]) for w in weights
-    ],
+    _fake,
 )

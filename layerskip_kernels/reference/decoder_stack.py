@@ -40,8 +40,7 @@ def compose(
         ops.rope_append(q, k, v, keys, values, positions=positions, inv_freq=rope[0], attention_factor=rope[1], **where)
         attended = ops.verify_attention(q, keys, values, scale=scale, sliding_window=layer.sliding_window, **where)
         x = ops.small_linear(attended.view(batch * window, -1), layer.o, bias=layer.o_bias, residual=x)
-        gate, up = ops.small_linear(
-            x, [layer.gate, layer.up], bias=[layer.gate_bias, layer.up_bias], norm=(layer.mlp_norm, eps)
-        )
-        x = ops.small_linear(ops.swiglu(gate, up), layer.down, bias=layer.down_bias, residual=x)
+        mlp, biases = [layer.gate, layer.up], [layer.gate_bias, layer.up_bias]
+        gated = ops.small_linear(x, mlp, bias=biases, norm=(layer.mlp_norm, eps), swiglu=True)
+        x = ops.small_linear(gated, layer.down, bias=layer.down_bias, residual=x)
     hidden.copy_(x.view(batch, window, width))

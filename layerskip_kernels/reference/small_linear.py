@@ -3,9 +3,12 @@ import torch
 from layerskip_kernels.ops.quantized import QuantizedWeight
 from layerskip_kernels.reference.quantized import product
 from layerskip_kernels.reference.rms_norm import rms_norm
+from layerskip_kernels.reference.swiglu import swiglu as gated
 
 
-def small_linear(x, weights, *, bias=None, norm=None, residual=None, out=None):
+def small_linear(x, weights, *, bias=None, norm=None, residual=None, swiglu=False, out=None):
+    if swiglu:
+        return gated(*small_linear(x, weights, bias=bias, norm=norm), out=out)
     if norm is not None:
         x = rms_norm(x, *norm)
     if not isinstance(weights, (torch.Tensor, QuantizedWeight)):

@@ -21,6 +21,7 @@ from layerskip_kernels.triton.configs import tuned
 from layerskip_kernels.triton.launch import EXACT, cast, check, guard, num_sms
 from layerskip_kernels.triton.linear_tile import ROWS, products, row_tiles, stride_unit, tile_config
 from layerskip_kernels.triton.rms_norm import rms_norm
+from layerskip_kernels.triton.swiglu import swiglu as gated
 
 MAX_WEIGHTS = 3  # of one launch
 _ROWS = tl.constexpr(ROWS)
@@ -89,9 +90,12 @@ def small_linear(
     bias: Tensor | Sequence[Tensor | None] | None = None,
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
+    swiglu: bool = False,
     out: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor | list[Tensor]:
     """See layerskip_kernels.ops.small_linear."""
+    if swiglu:
+        return gated(*small_linear(x, weights, bias=bias, norm=norm), out=out)
     single = isinstance(weights, Tensor)
     ws = [weights] if single else list(weights)
     biases = [bias] if single else [None] * len(ws) if bias is None else list(bias)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from layerskip_kernels.native import _cpu
 from layerskip_kernels.native.cpu.quantized import quantization, stored
+from layerskip_kernels.native.cpu.swiglu import swiglu as gated
 from layerskip_kernels.native.tensor import address, dtype_code
 from layerskip_kernels.ops.quantized import QuantizedWeight
 
@@ -18,9 +19,12 @@ def small_linear(
     bias: Tensor | Sequence[Tensor | None] | None = None,
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
+    swiglu: bool = False,
     out: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor | list[Tensor]:
     """See layerskip_kernels.ops.small_linear."""
+    if swiglu:
+        return gated(*small_linear(x, weights, bias=bias, norm=norm), out=out)
     m, c = x.shape
     if isinstance(weights, (Tensor, QuantizedWeight)):
         result = x.new_empty(m, weights.shape[0]) if out is None else out

@@ -7,11 +7,13 @@ memory from being given out before the kernels that read it are done.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from layerskip_kernels.native import cuda_library
 from layerskip_kernels.native import tensor as native_tensor
 
 DEVICE_TYPE = "cuda"
@@ -34,6 +36,30 @@ def guard(index: int):
 
 def stream(index: int) -> int:
     return torch.cuda.current_stream(index).cuda_stream
+
+
+@contextlib.contextmanager
+def overlapping():
+    """Kernels that this thread launches on the current device start before those in front of them have ended.
+
+    For rounds of decoding: small_linear and exit_head read weights ahead, so none of the ops may have written them just
+    before. Without effect before Hopper, without the library, and where LAYERSKIP_PDL is 0.
+
+    Raises:
+        ValueError: LAYERSKIP_PDL is neither 0 nor 1.
+    """
+    asked = os.environ.get("LAYERSKIP_PDL", "1")
+    if asked not in ("0", "1"):
+        raise ValueError(f"LAYERSKIP_PDL={asked}: choose 0 or 1")
+    library, _ = cuda_library()
+    if library is None or asked == "0":
+        yield
+        return
+    before = library.overlap_launches(True)
+    try:
+        yield
+    finally:
+        library.overlap_launches(before)
 
 
 def run(op: str, kernel: Callable, tensors: tuple[Tensor | None, ...], *arguments) -> None:

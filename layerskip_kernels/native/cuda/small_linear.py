@@ -18,6 +18,7 @@ def small_linear(
     bias: Tensor | Sequence[Tensor | None] | None = None,
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
+    swiglu: bool = False,
     out: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor | list[Tensor]:
     """See layerskip_kernels.ops.small_linear."""
@@ -25,7 +26,9 @@ def small_linear(
     single = isinstance(weights, Tensor)
     ws = [weights] if single else list(weights)
     biases = [bias] if single else [None] * len(ws) if bias is None else bias
-    if out is None:
+    if swiglu:
+        outs = [x.new_empty(m, ws[0].shape[0]) if out is None else out] * 2
+    elif out is None:
         outs = [x.new_empty(m, w.shape[0]) for w in ws]
     else:
         outs = [out] if single else list(out)
@@ -44,9 +47,10 @@ def small_linear(
         0.0 if norm is None else norm[1],
         optional(residual, "residual"),
         0 if residual is None else residual.stride(0),
+        swiglu,
         dtype_code(x, "x"),
     )
-    return outs[0] if single else outs
+    return outs[0] if single or swiglu else outs
 
 
 def _fields(weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[int, ...]:

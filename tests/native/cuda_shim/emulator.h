@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #ifdef LK_SHIM_THREADS
@@ -228,21 +229,23 @@ inline const Slot* exchange(const void* mine, size_t bytes) {
   return slots;
 }
 
+// Of the threads from `first` on.
+inline void release_stacks(size_t first) {
+#ifndef LK_SHIM_THREADS
+  for (size_t i = first; i < state.threads.size(); ++i)
+    if (state.threads[i].stack) munmap(std::exchange(state.threads[i].stack, nullptr), kStack);
+#endif
+}
+
 inline void prepare(dim3 block, size_t shared_bytes) {
   const size_t count = size_t(block.x) * block.y * block.z;
   if (count == 0 || count > 1024 || count % kWarp) fail("blocks have 32 to 1024 threads, whole warps");
   if (shared_bytes > 227 << 10) fail("more than 227 KB of shared memory");
   if (state.threads.size() < count) {
-#ifndef LK_SHIM_THREADS
-    for (Thread& thread : state.threads)
-      if (thread.stack) munmap(thread.stack, kStack);
-#endif
+    release_stacks(0);
     state.threads = std::vector<Thread>(count);
-  } else if (state.threads.size() > count) {
-#ifndef LK_SHIM_THREADS
-    for (size_t i = count; i < state.threads.size(); ++i)
-      if (state.threads[i].stack) munmap(state.threads[i].stack, kStack);
-#endif
+  } else {
+    release_stacks(count);
     state.threads.resize(count);
   }
   state.warps = std::vector<Warp>(count / kWarp);
@@ -266,18 +269,60 @@ inline unsigned char* dynamic_shared() {
   return reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
 }
 
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
-  gridDim = grid;
-  blockDim = block;
-  state.kernel = &kernel;
-  prepare(block, shared_bytes);
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes;
+  std::function<void()> kernel;
+};
+
+inline void run(const Launch& launch) {
+  gridDim = launch.grid;
+  blockDim = launch.block;
+  state.kernel = &launch.kernel;
+  prepare(launch.block, launch.shared_bytes);
+  for (unsigned z = 0; z < gridDim.z; ++z)
+    for (unsigned y = 0; y < gridDim.y; ++y)
+      for (unsigned x = 0; x < gridDim.x; ++x) {
         blockIdx = dim3(x, y, z);
         std::memset(state.dynamic_shared.data(), 0xff, state.dynamic_shared.size());  // NaN
         run_block();
       }
+}
+
+// Kernels whose launches may overlap start last to first, each up to where it waits for those in front: what it reads until
+// then is as old as it can be. They run when run_held() is called.
+inline std::vector<Launch> held;
+inline bool overlapping = false;  // a kernel that was held runs
+
+inline void hold(Launch launch) { held.push_back(std::move(launch)); }
+
+inline void run_held() {
+  if (held.empty()) return;
+  const Launch last = std::move(held.back());
+  held.pop_back();
+  overlapping = true;
+  run(last);
+  overlapping = false;
+}
+
+inline void wait_for_held() {
+#ifndef LK_SHIM_THREADS
+  if (!overlapping) return;
+  wait_block();  // who leaves a kernel without having waited, fails here
+  if (current->number == 0 && !held.empty()) {
+    State outer;
+    std::swap(outer, state);
+    Thread* const thread = current;
+    const dim3 place = blockIdx, grid = gridDim, block = blockDim;
+    const auto context = main_context;
+    run_held();
+    release_stacks(0);
+    std::swap(outer, state);
+    current = thread, main_context = context, blockIdx = place, gridDim = grid, blockDim = block;
+    overlapping = true;
+  }
+  wait_block();
+#endif
 }
 
 inline void commit_copies() { current->groups.push_back(current->copies.size()); }

@@ -30,7 +30,10 @@ void run_products(DType dtype) {
   const int64_t m = 2, c = 40, n = 20;
   std::vector<T> x = filled<T>(m * c), w = filled<T>(n * c), norm = filled<T>(c), out(m * n);
   const LinearWeight weights[] = {{w.data(), c, n, norm.data(), out.data(), n}};
-  check("small_linear", small_linear({x.data(), c, m, c, weights, 1, norm.data(), 1e-5f, out.data(), n, dtype}, nullptr));
+  check("small_linear", small_linear({x.data(), c, m, c, weights, 1, norm.data(), 1e-5f, out.data(), n, false, dtype}, nullptr));
+  const LinearWeight gate_and_up[] = {weights[0], weights[0]};
+  check("small_linear, gated",
+        small_linear({x.data(), c, m, c, gate_and_up, 2, nullptr, 0, nullptr, 0, true, dtype}, nullptr));
 
   const std::vector<float> temperature(m, 1.0f), top_p(m, 0.7f), min_p(m, 0.05f);
   const std::vector<int64_t> seed(m, 5), top_k(m, 9);

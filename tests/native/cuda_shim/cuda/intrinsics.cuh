@@ -43,6 +43,9 @@ void copy_async_wait() {
   shim::finish_copies(kPending);
 }
 
+inline void allow_next_kernel() {}
+inline void wait_for_previous_kernels() { shim::wait_for_held(); }
+
 // PTX ISA, mma.m16n8k16: with g = lane / 4 and t = lane % 4,
 //   A: a[0] (g, 2t), a[1] (g + 8, 2t), a[2] (g, 2t + 8), a[3] (g + 8, 2t + 8), each with the next column above it
 //   B: b[0] (2t, g), b[1] (2t + 8, g), each with the next row above it
