@@ -85,6 +85,15 @@ def test_every_kernel_lets_the_next_one_start_and_waits_for_those_in_front():
     assert checked or all(int(arch.removeprefix("sm_")) < 90 for arch, _ in resources())
 
 
+def test_as_many_blocks_of_attention_fit_a_multiprocessor_as_keep_it_busy():
+    """By registers, as __launch_bounds__ asks; shared memory has room for as many."""
+    least = {"64ELi1": 4, "64ELi2": 2, "128ELi1": 3, "128ELi2": 2, "256ELi1": 2}
+    for (arch, kernel), usage in resources().items():
+        if match := re.search(r"verify_attention_kernelINS_\w+?ELi(\w+)EEE", kernel):
+            threads = 128 * int(match.group(1)[-1])
+            assert 65536 // (threads * -(-usage["REG"] // 8) * 8) >= least[match.group(1)], (arch, kernel)
+
+
 WIDE_LOAD, WIDE_STORE, MMA = r"LDG\.E\.\S*128", r"STG\.E\.\S*128", r"HMMA\.16816\.F32"
 CODE = {
     # the weights' pipeline: straight to registers
@@ -92,7 +101,8 @@ CODE = {
     r"exit_head_kernelINS_3f16ELi2ELb1E": {r"LDG\.E\.NA\.\S*128": 16, MMA: 16},
     r"small_linear_kernelIfLi1ELb1E": {WIDE_LOAD: 8, r"LDG\.E\.NA\.\S*128": 8, r"\bFFMA\b": 64},
     # keys and values: asynchronous copies, then fragments
-    r"verify_attention_kernelINS_4bf16ELi128E": {r"LDGSTS\.E\.\S*128": 2, r"LDSM\.16\.MT?88\.4": 24, MMA: 32},
+    r"verify_attention_kernelINS_4bf16ELi128ELi1E": {r"LDGSTS\.E\.\S*128": 32, r"LDSM\.16\.MT?88\.4": 24, MMA: 32},
+    r"verify_attention_kernelINS_4bf16ELi128ELi2E": {r"LDGSTS\.E\.\S*128": 16, r"LDSM\.16\.MT?88\.4": 24, MMA: 32},
     r"rms_norm_kernelINS_4bf16E": {WIDE_LOAD: 8, WIDE_STORE: 1},
     r"swiglu_kernelINS_3f16E": {WIDE_LOAD: 2, WIDE_STORE: 1},
 }

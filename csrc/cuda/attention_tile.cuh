@@ -6,11 +6,10 @@
 
 namespace lk::cuda {
 
-constexpr int kAttentionWarps = 4;
-constexpr int kAttentionThreads = 32 * kAttentionWarps;
-constexpr int kQueryRows = 16;  // of a block: query heads of one KV head x rows of the window
+constexpr int kQueryRows = 16;  // of a warp: query heads of one KV head x rows of the window
 constexpr int kWarpKeys = 16;
-constexpr int kTileKeys = kWarpKeys * kAttentionWarps;
+constexpr int kKeyGroups = 4;  // warps that share the keys of a tile
+constexpr int kTileKeys = kWarpKeys * kKeyGroups;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
@@ -32,21 +31,39 @@ struct WindowTree {
   }
 };
 
-// Replaces values that are not finite by zeros where not all rows see them; bit i of the result: key i had one.
+// Not 0 if one of the elements in a word is not finite: an exponent of ones and one more carry into the sign's place.
 template <class T>
-__device__ __forceinline__ unsigned take_out_poison(T* values, int stride, int d) {
+__device__ __forceinline__ unsigned not_finite(unsigned word) {
+  constexpr unsigned kExponent = std::is_same_v<T, float> ? 0x7f800000u : std::is_same_v<T, f16> ? 0x7c007c00u : 0x7f807f80u;
+  constexpr unsigned kSigns = std::is_same_v<T, float> ? 0x80000000u : 0x80008000u;
+  return ((word & kExponent) + (kSigns - kExponent)) & kSigns;
+}
+
+// Bit i: key i of a warp's keys has values that are not finite.
+template <class T>
+__device__ __forceinline__ unsigned find_poison(const T* values, int stride, int columns) {
   const int lane = threadIdx.x % 32;
-  T* mine = values + lane / 2 * stride;
-  bool bad = false;
-  for (int i = lane % 2; i < d; i += 2) bad |= !is_finite(widen(mine[i]));
-  const unsigned votes = __ballot_sync(kAllLanes, bad);
+  const T* mine = values + lane / 2 * stride;
+  unsigned bad = 0;
+#pragma unroll 4
+  for (int i = lane % 2 * kVector<T>; i < columns; i += 2 * kVector<T>) {
+    const uint4 words = *reinterpret_cast<const uint4*>(mine + i);
+    bad |= not_finite<T>(words.x) | not_finite<T>(words.y) | not_finite<T>(words.z) | not_finite<T>(words.w);
+  }
+  const unsigned votes = __ballot_sync(kAllLanes, bad != 0);
+  if (votes == 0) return 0;
   unsigned keys = 0;
 #pragma unroll
   for (int i = 0; i < kWarpKeys; ++i) keys |= unsigned((votes >> 2 * i & 3) != 0) << i;
-  if (keys >> lane / 2 & 1)
-    for (int i = lane % 2; i < d; i += 2) mine[i] = T{};
-  __syncwarp();
   return keys;
+}
+
+// Makes zeros of those keys' values.
+template <class T>
+__device__ __forceinline__ void remove_poison(T* values, int stride, int d, unsigned keys) {
+  const int lane = threadIdx.x % 32;
+  if (keys >> lane / 2 & 1)
+    for (int i = lane % 2; i < d; i += 2) values[lane / 2 * stride + i] = T{};
 }
 
 template <class T>
@@ -60,11 +77,12 @@ struct HalfTile {
   static constexpr int kStride = kMaxDim + 8;  // of rows in shared memory: ldmatrix without bank conflicts
   static constexpr int kRows = 2;              // of a lane
   static constexpr int kScratch = 0;           // floats of shared memory per warp
-  static constexpr int kPadding = 16;          // columns of K and Q are zeros up to a multiple of this
   float out[kMaxDim / 8][4];
   float maximum[kRows], total[kRows];  // total: this lane's part
 
   static __device__ __forceinline__ int row_of(int i) { return threadIdx.x % 32 / 4 + 8 * i; }
+  // Columns of Q, K and V that are read: zeros behind the d there are. Loops to d would take a branch and a wait per mma.
+  static __device__ __forceinline__ int columns(int) { return kMaxDim; }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -75,16 +93,16 @@ struct HalfTile {
     for (int i = 0; i < kRows; ++i) maximum[i] = kMinusInfinity, total[i] = 0;
   }
 
-  // q: the block's rows; k, v: this warp's keys, the first at `position`. mixed: not all rows see all of the keys.
-  __device__ __forceinline__ void step(const T* q, const T* k, T* v, int d, float scale, int position, bool mixed,
-                                       const RowView (&rows)[kRows], const WindowTree& tree, float*) {
+  // q, k, v: this warp's rows and keys, the first at `position`. mixed: not all rows see all of the keys; poison: those whose
+  // values were taken out.
+  __device__ __forceinline__ void step(const T* q, const T* k, const T* v, int, float scale, int position, bool mixed,
+                                       unsigned poison, const RowView (&rows)[kRows], const WindowTree& tree, float*) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
     float scores[2][4] = {};
     const T* q_row = q + (matrix % 2 * 8 + r) * kStride + matrix / 2 * 8;
     const T* k_row = k + (matrix / 2 * 8 + r) * kStride + matrix % 2 * 8;
 #pragma unroll
     for (int i = 0; i < kMaxDim / 16; ++i) {
-      if (i * 16 >= d) break;
       uint32_t a[4], b[4];
       load_matrices<false>(a, q_row + i * 16);
       load_matrices<false>(b, k_row + i * 16);
@@ -96,10 +114,10 @@ struct HalfTile {
     for (int i = 0; i < 8; ++i) {
       float& score = scores[i / 4][i % 4];
       const int row = i % 4 / 2, key = position + i / 4 * 8 + lane % 4 * 2 + i % 2;
-      score = tree.sees(rows[row], key) ? score * scale : kMinusInfinity;
+      score *= scale;
+      if (mixed && !tree.sees(rows[row], key)) score = kMinusInfinity;
       highest[row] = fmaxf(highest[row], score);
     }
-    const unsigned poison = mixed ? take_out_poison(v, kStride, d) : 0;
     float rescale[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -115,16 +133,15 @@ struct HalfTile {
     for (int i = 0; i < 8; ++i) {
       float& score = scores[i / 4][i % 4];
       const int row = i % 4 / 2, key = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      const bool poisoned = (poison >> key & 1) && score != kMinusInfinity;
+      if (poison >> key & 1 && score != kMinusInfinity) total[row] = NAN;
       score = exp2f((score - finite_or_zero(maximum[row])) * kLog2E);
-      total[row] += poisoned ? NAN : score;
+      total[row] += score;
     }
     const uint32_t weights[4] = {pack<T>(scores[0][0], scores[0][1]), pack<T>(scores[0][2], scores[0][3]),
                                  pack<T>(scores[1][0], scores[1][1]), pack<T>(scores[1][2], scores[1][3])};
     const T* v_row = v + (matrix % 2 * 8 + r) * kStride + matrix / 2 * 8;
 #pragma unroll
     for (int i = 0; i < kMaxDim / 16; ++i) {
-      if (i * 16 >= d) break;
       uint32_t b[4];
       load_matrices<true>(b, v_row + i * 16);
 #pragma unroll
@@ -158,12 +175,12 @@ struct FloatTile {
   static constexpr int kStride = kMaxDim + 4;
   static constexpr int kRows = 1;
   static constexpr int kScratch = kQueryRows * (kWarpKeys + 1);  // weights [row][key]
-  static constexpr int kPadding = 4;
   static constexpr int kKeys = kWarpKeys / 2;
   float out[kMaxDim / 2];
   float maximum[kRows], total[kRows];
 
   static __device__ __forceinline__ int row_of(int) { return threadIdx.x % 32 / 2; }
+  static __device__ __forceinline__ int columns(int d) { return d; }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -171,8 +188,9 @@ struct FloatTile {
     maximum[0] = kMinusInfinity, total[0] = 0;
   }
 
-  __device__ __forceinline__ void step(const float* q, const float* k, float* v, int d, float scale, int position,
-                                       bool mixed, const RowView (&rows)[kRows], const WindowTree& tree, float* scratch) {
+  __device__ __forceinline__ void step(const float* q, const float* k, const float* v, int d, float scale, int position,
+                                       bool mixed, unsigned poison, const RowView (&rows)[kRows], const WindowTree& tree,
+                                       float* scratch) {
     const int row = row_of(0), half = threadIdx.x % 2;
     const float* q_row = q + row * kStride;
     const float* k_row = k + half * kKeys * kStride;
@@ -186,10 +204,10 @@ struct FloatTile {
     float highest = maximum[0];
 #pragma unroll
     for (int key = 0; key < kKeys; ++key) {
-      scores[key] = tree.sees(rows[0], position + half * kKeys + key) ? scores[key] * scale : kMinusInfinity;
+      scores[key] *= scale;
+      if (mixed && !tree.sees(rows[0], position + half * kKeys + key)) scores[key] = kMinusInfinity;
       highest = fmaxf(highest, scores[key]);
     }
-    const unsigned poison = mixed ? take_out_poison(v, kStride, d) : 0;
     highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
     const float shift = finite_or_zero(highest), rescale = exp2f((maximum[0] - shift) * kLog2E);
     maximum[0] = highest;
@@ -199,8 +217,8 @@ struct FloatTile {
 #pragma unroll
     for (int key = 0; key < kKeys; ++key) {
       const float weight = exp2f((scores[key] - shift) * kLog2E);
-      const bool poisoned = (poison >> (half * kKeys + key) & 1) && scores[key] != kMinusInfinity;
-      total[0] += poisoned ? NAN : weight;
+      if (poison >> (half * kKeys + key) & 1 && scores[key] != kMinusInfinity) total[0] = NAN;
+      total[0] += weight;
       weights[half * kKeys + key] = weight;
     }
     __syncwarp();

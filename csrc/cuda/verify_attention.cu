@@ -23,14 +23,25 @@ Plan plan_of(int64_t b, int64_t t, int64_t h, int64_t g, int64_t d, int64_t capa
           row_floats};
 }
 
-template <class T, int kMaxDim>
-cudaError_t launch_split(const AttentionLaunch& a, dim3 grid, cudaStream_t stream) {
-  constexpr size_t kBytes = sizeof(AttentionShared<T, kMaxDim>);
+template <class T, int kMaxDim, int kRowTiles>
+cudaError_t launch_split(AttentionLaunch& a, int64_t sequences, cudaStream_t stream) {
+  using Block = AttentionBlock<T, kMaxDim, kRowTiles>;
+  constexpr auto* kKernel = verify_attention_kernel<T, kMaxDim, kRowTiles>;
+  constexpr size_t kBytes = sizeof(typename Block::Shared);
   // Per device and cheap; not recorded by a capture.
-  const cudaError_t error = cudaFuncSetAttribute(verify_attention_kernel<T, kMaxDim>,
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, int(kBytes));
+  const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kBytes));
   if (error != cudaSuccess) return error;
-  return launch(verify_attention_kernel<T, kMaxDim>, grid, kAttentionThreads, kBytes, stream, a);
+  a.row_blocks = int(divide_up(a.rows * (a.args.h / a.args.g), Block::kRows));
+  const dim3 grid(unsigned(a.slots_held * a.row_blocks), unsigned(a.args.g), unsigned(sequences));
+  return launch(kKernel, grid, Block::kThreads, kBytes, stream, a);
+}
+
+// Twice the rows share what a block loads, where there are that many.
+template <class T, int kMaxDim>
+cudaError_t launch_rows(AttentionLaunch& a, int64_t sequences, cudaStream_t stream) {
+  if constexpr (!std::is_same_v<T, float> && kMaxDim <= 128)
+    if (a.rows * (a.args.h / a.args.g) > kQueryRows) return launch_split<T, kMaxDim, 2>(a, sequences, stream);
+  return launch_split<T, kMaxDim, 1>(a, sequences, stream);
 }
 
 }  // namespace
@@ -61,15 +72,13 @@ cudaError_t verify_attention(const VerifyAttentionArgs& args, cudaStream_t strea
     for (a.first_row = 0; a.first_row < args.t; a.first_row += plan.rows) {
       const int64_t sequences = std::min(plan.sequences, args.b - a.first_batch);
       a.rows = std::min(plan.rows, args.t - a.first_row);
-      const dim3 grid(unsigned(plan.slots_held), unsigned(args.g * divide_up(a.rows * (args.h / args.g), kQueryRows)),
-                      unsigned(sequences));
       const cudaError_t error = for_dtype(args.dtype, [&](auto type) {
         using T = decltype(type);
         cudaError_t error = cudaSuccess;
         if constexpr (!std::is_same_v<T, float>)
-          if (args.d <= 64) error = launch_split<T, 64>(a, grid, stream);
-        if (args.d > 128) error = launch_split<T, 256>(a, grid, stream);
-        else if (args.d > 64 || std::is_same_v<T, float>) error = launch_split<T, 128>(a, grid, stream);
+          if (args.d <= 64) error = launch_rows<T, 64>(a, sequences, stream);
+        if (args.d > 128) error = launch_rows<T, 256>(a, sequences, stream);
+        else if (args.d > 64 || std::is_same_v<T, float>) error = launch_rows<T, 128>(a, sequences, stream);
         if (error != cudaSuccess) return error;
         return launch(merge_attention_kernel<T>, dim3(unsigned(a.rows * args.h), unsigned(sequences)), kMergeThreads, 0,
                       stream, a);

@@ -1,6 +1,7 @@
-// verify_attention, flash-decoding style: a block takes 16 query rows (the query heads of one KV head x rows of the window)
-// and one chunk of the cache, in tiles of 64 keys, 16 per warp; a second launch merges a row's chunks. K and V come by
-// cp.async, the next tile while this one is computed.
+// verify_attention, flash-decoding style: a block takes 16 or 32 query rows (the query heads of one KV head x rows of the
+// window) and one chunk of the cache, in tiles of 64 keys; a warp 16 of the rows and 16 of a tile's keys. A second launch
+// merges a row's chunks. K and V come by cp.async, the next tile while this one is computed; blocks that need the same chunk
+// for other rows are neighbours in the grid, so that they find it in the L2 cache.
 //
 // The order of a row's sums is a function of its position, its sliding window and (h, g, d, dtype): chunks start at absolute
 // multiples of their size, which doubles with the row's own position so that `slots` of them are enough; where it doubles
@@ -28,6 +29,7 @@ struct AttentionLaunch {
   VerifyAttentionArgs args;
   int64_t first_batch, first_row, rows;  // window rows [first_row, first_row + rows) of the sequences from first_batch on
   int slots, slots_held;                 // chunks of a row; of them in scratch
+  int row_blocks;                        // blocks that share a chunk
   int sliding_window, slack;             // slack: positions behind a row's own that it may see
   bool wide, wide_q;  // rows of the caches, of q, start at multiples of 16 bytes
   float* sums;   // [sequence, row, h, slots_held, d]
@@ -58,20 +60,31 @@ __device__ __forceinline__ int queries_of(const VerifyAttentionArgs& a, int64_t 
   return a.num_queries ? a.num_queries[b] : int(a.t);
 }
 
-template <class T, int kMaxDim>
-struct AttentionShared {
+template <class T, int kMaxDim, int kRowTiles>
+struct AttentionBlock {
   using Tile = AttentionTile<T, kMaxDim>;
+  static constexpr int kThreads = 32 * kKeyGroups * kRowTiles;
+  static constexpr int kRows = kQueryRows * kRowTiles;
+  static constexpr int kVectors = kMaxDim / kVector<T>;   // of a key or a query row, a thread each
+  static constexpr int kTogether = kThreads / kVectors;  // rows whose vectors the block copies at once
   // Wide rows have no second stage: two blocks on a multiprocessor overlap as well, and 99 KB hold all but float32 at 256.
   static constexpr int kStages = sizeof(T) * kMaxDim >= 512 ? 1 : 2;
+  static constexpr int kResident = sizeof(T) == 4 || kMaxDim > 128 || kRowTiles > 1 ? 2 : kMaxDim > 64 ? 3 : 4;  // at least
   static constexpr int kKv = kTileKeys * Tile::kStride;  // elements of a tile of K, or of V
-  T q[kQueryRows * Tile::kStride];
-  float weights[kAttentionWarps * Tile::kScratch + 4];
-  float stats[kAttentionWarps][kQueryRows][2];
-  RowChunks rows[kQueryRows];
-  int bad[kQueryRows];  // a sum is not finite
-  union {
-    T kv[kStages][2][kKv];
-    float sums[kAttentionWarps][kQueryRows][kMaxDim];
+
+  struct Shared {
+    T q[kRows * Tile::kStride];
+    float scratch[kRowTiles * kKeyGroups * Tile::kScratch + 4];
+    float stats[kRowTiles][kKeyGroups][kQueryRows][2];
+    float shares[kKeyGroups][kRows];  // what the sums over a group of keys count
+    RowChunks rows[kRows];
+    int64_t places[kRows];  // of a row's first chunk in AttentionLaunch::sums
+    int wanted[kRows];      // the chunk is the row's
+    int bad[kRows];         // a sum is not finite
+    union {
+      T kv[kStages][2][kKv];
+      float sums[kRowTiles][kKeyGroups][kQueryRows][kMaxDim];
+    };
   };
 };
 
@@ -86,38 +99,46 @@ __device__ __forceinline__ void copy_vector(T* to, const T* from, bool real, boo
   }
 }
 
-// Positions [start, start + kTileKeys) of a head, zeros outside [first, end) and in the padding.
-template <class T, int kStride, int kPadding>
-__device__ __forceinline__ void load_tile(T* shared, const T* head, int64_t stride, int start, int first, int end, int d,
-                                          bool wide) {
-  const int vectors = (d + kPadding - 1) / kPadding * (kPadding / kVector<T>);
-  for (int i = threadIdx.x; i < kTileKeys * vectors; i += kAttentionThreads) {
-    const int key = i / vectors, column = i % vectors * kVector<T>, position = start + key;
+// Positions [start, start + kTileKeys) of a head, zeros outside [first, end) and from column d on.
+template <class Block, bool kWide, class T>
+__device__ __forceinline__ void load_keys(T* shared, const T* head, int64_t stride, int start, int first, int end, int d) {
+  const int column = threadIdx.x % Block::kVectors * kVector<T>;
+  if (column >= Block::Tile::columns(d)) return;
+  int position = start + threadIdx.x / Block::kVectors;
+  T* to = shared + threadIdx.x / Block::kVectors * Block::Tile::kStride + column;
+  const T* from = head + position * stride + column;
+#pragma unroll(kWide ? kTileKeys / Block::kTogether : 1)
+  for (int i = 0; i < kTileKeys; i += Block::kTogether) {
     const bool real = position >= first && position < end && column < d;
-    copy_vector(shared + key * kStride + column, head + (real ? position * stride + column : 0), real, wide);
+    copy_vector(to + i * Block::Tile::kStride, real ? from : head, real, kWide);
+    position += Block::kTogether;
+    from += Block::kTogether * stride;
   }
 }
 
-template <class T, int kMaxDim>
-__global__ void __launch_bounds__(kAttentionThreads) verify_attention_kernel(AttentionLaunch a) {
-  follow_previous_kernels();
-  using Shared = AttentionShared<T, kMaxDim>;
-  using Tile = typename Shared::Tile;
+template <class T, int kMaxDim, int kRowTiles>
+__global__ void __launch_bounds__(AttentionBlock<T, kMaxDim, kRowTiles>::kThreads,
+                                  AttentionBlock<T, kMaxDim, kRowTiles>::kResident)
+    verify_attention_kernel(AttentionLaunch a) {
+  using Block = AttentionBlock<T, kMaxDim, kRowTiles>;
+  using Tile = typename Block::Tile;
   LK_DYNAMIC_SHARED(memory);
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  auto& shared = *reinterpret_cast<typename Block::Shared*>(memory);
+  follow_previous_kernels();
   const VerifyAttentionArgs& args = a.args;
-  const int64_t b = a.first_batch + blockIdx.z, g = blockIdx.y % args.g;
-  const int group = int(args.h / args.g), first_packed = int(blockIdx.y / args.g) * kQueryRows, d = int(args.d);
+  const int64_t b = a.first_batch + blockIdx.z, g = blockIdx.y;
+  const int group = int(args.h / args.g), d = int(args.d);
+  const int first_packed = int(blockIdx.x) % a.row_blocks * Block::kRows, slot_of_chunk = int(blockIdx.x) / a.row_blocks;
   const int length = args.lengths[b], queries = queries_of(args, b);
   const int stop_row = min(int(a.first_row + a.rows), queries);
   const int first_t = int(a.first_row) + first_packed / group;
-  const int last_t = min(int(a.first_row) + (first_packed + kQueryRows - 1) / group, stop_row - 1);
+  const int last_t = min(int(a.first_row) + (first_packed + Block::kRows - 1) / group, stop_row - 1);
   if (first_t >= stop_row) return;
   const RowChunks lowest = chunks_of(a, length, queries, first_t), highest = chunks_of(a, length, queries, last_t);
   // What any row sees, and what all rows see.
   const int first = lowest.view.first, end = highest.view.end;
   const int shared_first = highest.view.first, shared_end = args.tree_mask ? length : lowest.view.end;
-  const auto next_chunk = [&](int size) { return first / size + ((int(blockIdx.x) - first / size) & (a.slots - 1)); };
+  const auto next_chunk = [&](int size) { return first / size + ((slot_of_chunk - first / size) & (a.slots - 1)); };
   if (lowest.size == highest.size && next_chunk(lowest.size) * int64_t(lowest.size) >= end) return;
 
   const int64_t slot = args.slot_ids ? args.slot_ids[b] : b;
@@ -125,38 +146,44 @@ __global__ void __launch_bounds__(kAttentionThreads) verify_attention_kernel(Att
   const T* v_head = static_cast<const T*>(args.v_cache) + slot * args.v_cache_stride[0] + g * args.v_cache_stride[1];
   const auto row_of = [&](int row) { return int(a.first_row) + (first_packed + row) / group; };
   const auto head_of = [&](int row) { return g * group + (first_packed + row) % group; };
-  const int padded = (d + Tile::kPadding - 1) / Tile::kPadding * Tile::kPadding;
   const auto chunks_of_row = [&](int row) {
     const int t = row_of(row);
     return t < stop_row ? chunks_of(a, length, queries, t) : RowChunks{{0, 0, 0}, 0};
   };
   // The first tile's wait and barrier are these too.
-  for (int i = threadIdx.x; i < kQueryRows * padded / kVector<T>; i += kAttentionThreads) {
-    const int row = i * kVector<T> / padded, column = i * kVector<T> % padded;
-    const bool real = row_of(row) < stop_row && column < d;
-    const T* q = static_cast<const T*>(args.q) + b * args.q_stride[0];
-    if (real) q += row_of(row) * args.q_stride[1] + head_of(row) * args.q_stride[2] + column;
-    copy_vector(shared.q + row * Tile::kStride + column, q, real, a.wide_q);
+  const int column = threadIdx.x % Block::kVectors * kVector<T>;
+  if (column < Tile::columns(d))
+    for (int row = threadIdx.x / Block::kVectors; row < Block::kRows; row += Block::kTogether) {
+      const bool real = row_of(row) < stop_row && column < d;
+      const T* q = static_cast<const T*>(args.q) + b * args.q_stride[0];
+      if (real) q += row_of(row) * args.q_stride[1] + head_of(row) * args.q_stride[2] + column;
+      copy_vector(shared.q + row * Tile::kStride + column, q, real, a.wide_q);
+    }
+  if (threadIdx.x < Block::kRows) {
+    const int row = threadIdx.x;
+    shared.rows[row] = chunks_of_row(row);
+    shared.places[row] = ((blockIdx.z * a.rows + row_of(row) - a.first_row) * args.h + head_of(row)) * a.slots_held;
+    shared.bad[row] = 0;
   }
-  if (threadIdx.x < kQueryRows) {
-    shared.rows[threadIdx.x] = chunks_of_row(threadIdx.x);
-    shared.bad[threadIdx.x] = 0;
-  }
+  const int warp = threadIdx.x / 32, group_of_keys = warp % kKeyGroups, row_tile = warp / kKeyGroups;
+  const int first_row = row_tile * kQueryRows, first_key = group_of_keys * kWarpKeys;
+  const bool busy = row_of(first_row) < stop_row;
   RowView views[Tile::kRows];
 #pragma unroll
-  for (int i = 0; i < Tile::kRows; ++i) views[i] = chunks_of_row(Tile::row_of(i)).view;
+  for (int i = 0; i < Tile::kRows; ++i) views[i] = chunks_of_row(first_row + Tile::row_of(i)).view;
   const WindowTree tree{args.tree_mask, args.tree_mask_stride, length};
-  const int warp = threadIdx.x / 32;
 
   for (int size = lowest.size; size <= highest.size; size *= 2) {
     for (int chunk = next_chunk(size); chunk * int64_t(size) < end; chunk += a.slots) {
       const int begin = max(chunk * size, first / kTileKeys * kTileKeys), stop = min((chunk + 1) * size, end);
       const auto load = [&](int start, int stage) {
-        if (start < stop) {
-          load_tile<T, Tile::kStride, Tile::kPadding>(shared.kv[stage][0], k_head, args.k_cache_stride[2], start, first,
-                                                      end, d, a.wide);
-          load_tile<T, Tile::kStride, Tile::kPadding>(shared.kv[stage][1], v_head, args.v_cache_stride[2], start, first,
-                                                      end, d, a.wide);
+        T *keys = shared.kv[stage][0], *values = shared.kv[stage][1];
+        if (start < stop && a.wide) {
+          load_keys<Block, true>(keys, k_head, args.k_cache_stride[2], start, first, end, d);
+          load_keys<Block, true>(values, v_head, args.v_cache_stride[2], start, first, end, d);
+        } else if (start < stop) {
+          load_keys<Block, false>(keys, k_head, args.k_cache_stride[2], start, first, end, d);
+          load_keys<Block, false>(values, v_head, args.v_cache_stride[2], start, first, end, d);
         }
         copy_async_commit();
       };
@@ -165,48 +192,67 @@ __global__ void __launch_bounds__(kAttentionThreads) verify_attention_kernel(Att
       load(begin, 0);
       int stage = 0;
       for (int start = begin; start < stop; start += kTileKeys) {
-        if (Shared::kStages > 1) load(start + kTileKeys, stage ^ 1);
-        copy_async_wait<Shared::kStages - 1>();
+        if (Block::kStages > 1) load(start + kTileKeys, stage ^ 1);
+        copy_async_wait<Block::kStages - 1>();
         __syncthreads();
-        const bool mixed = start < shared_first || start + kTileKeys > shared_end;
-        tile.step(shared.q, shared.kv[stage][0] + warp * kWarpKeys * Tile::kStride,
-                  shared.kv[stage][1] + warp * kWarpKeys * Tile::kStride, d, args.scale, start + warp * kWarpKeys, mixed,
-                  views, tree, shared.weights + warp * Tile::kScratch);
+        const T* keys = shared.kv[stage][0] + first_key * Tile::kStride;
+        T* values = shared.kv[stage][1] + first_key * Tile::kStride;
+        const bool mixed = start < shared_first || start + kTileKeys > shared_end;  // not all rows see all of the keys
+        unsigned poison = 0;
+        if (mixed) {
+          poison = find_poison(values, Tile::kStride, Tile::columns(d));
+          if constexpr (kRowTiles > 1) __syncthreads();  // both warps that share the values have looked
+          if (row_tile == 0 && poison) remove_poison(values, Tile::kStride, d, poison);
+          if constexpr (kRowTiles > 1) __syncthreads();
+          else __syncwarp();
+        }
+        if (busy)
+          tile.step(shared.q + first_row * Tile::kStride, keys, values, d, args.scale, start + first_key, mixed, poison, views,
+                    tree, shared.scratch + warp * Tile::kScratch);
         __syncthreads();
-        if (Shared::kStages > 1) stage ^= 1;
+        if (Block::kStages > 1) stage ^= 1;
         else load(start + kTileKeys, 0);
       }
       copy_async_wait<0>();
-      tile.store(shared.sums[warp][0], shared.stats[warp][0], d);
+      if (busy) tile.store(shared.sums[row_tile][group_of_keys][0], shared.stats[row_tile][group_of_keys][0], d);
       __syncthreads();
-      for (int i = threadIdx.x; i < kQueryRows * d; i += kAttentionThreads) {
-        const int row = i / d, column = i % d;
+      const int place_of_chunk = chunk & (a.slots - 1);
+      if (threadIdx.x < Block::kRows) {
+        const int row = threadIdx.x;
         const RowChunks& mine = shared.rows[row];
         // A chunk of another size, or one that the row does not see, is not the row's.
         const bool wanted = mine.size == size && chunk >= mine.view.first / size && chunk * int64_t(size) < mine.view.end;
-        if (!wanted) continue;
-        float maximum = kMinusInfinity, sum = 0, total = 0;
+        shared.wanted[row] = wanted;
+        if (wanted) {
+          const auto& stats = shared.stats[row / kQueryRows];
+          float maximum = kMinusInfinity, total = 0;
 #pragma unroll
-        for (int w = 0; w < kAttentionWarps; ++w) maximum = fmaxf(maximum, shared.stats[w][row][0]);
+          for (int w = 0; w < kKeyGroups; ++w) maximum = fmaxf(maximum, stats[w][row % kQueryRows][0]);
 #pragma unroll
-        for (int w = 0; w < kAttentionWarps; ++w) {
-          const float weight = exp2f((shared.stats[w][row][0] - finite_or_zero(maximum)) * kLog2E);
-          sum = fmaf(weight, shared.sums[w][row][column], sum);
-          total = fmaf(weight, shared.stats[w][row][1], total);
+          for (int w = 0; w < kKeyGroups; ++w) {
+            const float share = exp2f((stats[w][row % kQueryRows][0] - finite_or_zero(maximum)) * kLog2E);
+            total = fmaf(share, stats[w][row % kQueryRows][1], total);
+            shared.shares[w][row] = share;
+          }
+          float* to = a.stats + 2 * (shared.places[row] + place_of_chunk);
+          to[0] = maximum, to[1] = total;
         }
-        const int64_t at = ((blockIdx.z * a.rows + row_of(row) - a.first_row) * args.h + head_of(row)) * a.slots_held +
-                           (chunk & (a.slots - 1));
-        a.sums[at * d + column] = sum;
-        if (!is_finite(sum)) atomicAdd(&shared.bad[row], 1);
-        if (column == 0) a.stats[2 * at] = maximum, a.stats[2 * at + 1] = total;
       }
       __syncthreads();
-      if (threadIdx.x < kQueryRows && shared.bad[threadIdx.x]) {
-        const int row = threadIdx.x;
-        const int64_t at = ((blockIdx.z * a.rows + row_of(row) - a.first_row) * args.h + head_of(row)) * a.slots_held +
-                           (chunk & (a.slots - 1));
-        a.stats[2 * at + 1] = NAN;
-        shared.bad[row] = 0;
+      for (int i = threadIdx.x; i < Block::kRows * kMaxDim; i += Block::kThreads) {
+        const int row = i / kMaxDim, at = i % kMaxDim;
+        if (at >= d || !shared.wanted[row]) continue;
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < kKeyGroups; ++w)
+          sum = fmaf(shared.shares[w][row], shared.sums[row / kQueryRows][w][row % kQueryRows][at], sum);
+        a.sums[(shared.places[row] + place_of_chunk) * d + at] = sum;
+        if (!is_finite(sum)) atomicAdd(&shared.bad[row], 1);
+      }
+      __syncthreads();
+      if (threadIdx.x < Block::kRows && shared.bad[threadIdx.x]) {
+        a.stats[2 * (shared.places[threadIdx.x] + place_of_chunk) + 1] = NAN;
+        shared.bad[threadIdx.x] = 0;
       }
       __syncthreads();
     }

@@ -53,12 +53,14 @@ void run_products(DType dtype) {
   check("exit_head", exit_head(head, nullptr));
 }
 
+// Windows of up to 8 rows fill one warp's query rows, larger ones two.
 template <class T>
-void run_cache(DType dtype) {
-  const int64_t b = 1, t = 5, h = 4, g = 2, d = 24, s = 160;
+void run_cache(DType dtype, int64_t t) {
+  const int64_t b = 1, h = 4, g = 2, d = 24, s = 160;
   std::vector<T> q = filled<T>(b * t * h * d), k = filled<T>(b * t * g * d), v = k, out(q.size());
   std::vector<T> k_cache = filled<T>(b * g * s * d), v_cache = k_cache;
-  std::vector<int32_t> lengths{140}, positions{140, 141, 142, 143, 144}, keep{3}, path{0, 2, 4, 1, 3};
+  std::vector<int32_t> lengths{140}, positions, keep{3}, path;
+  for (int i = 0; i < t; ++i) positions.push_back(140 + i), path.push_back(i * 2 % int(t));
   const std::vector<float> inv_freq(d / 2, 0.1f);
   RopeAppendArgs rope{};
   const int64_t outer[3] = {t * h * d, h * d, d}, inner[3] = {t * g * d, g * d, d}, cache[3] = {g * s * d, s * d, d};
@@ -123,8 +125,9 @@ int main() {
   run_rows();
   run_tokens();
   run_products<bf16>(DType::bf16);
-  run_cache<float>(DType::f32);
-  run_cache<bf16>(DType::bf16);
+  run_cache<float>(DType::f32, 5);
+  run_cache<bf16>(DType::bf16, 5);
+  run_cache<bf16>(DType::bf16, 13);
   std::printf("%d failures\n", failures);
   return failures;
 }
