@@ -3,7 +3,8 @@
 // Top-k, top-p and min-p keep every token whose score reaches a threshold, so they need neither a sort nor the threshold:
 // of the unfiltered draw, known from the first pass, it is enough to ask whether it is kept, by counting or weighing the
 // tokens above it. If it is not, neither is anything below it, and the best of those above it is the next to ask. Under
-// top-p the first question settles it with probability p. A question reads the row's logits once, 4 v bytes of L2 cache.
+// top-p the first question settles it with probability p. A question reads the tiles' maxima, 1.5 v bytes of cache, and the
+// logits of those tiles alone that have one above.
 #pragma once
 
 #include "cuda/exit_head.cuh"
@@ -47,8 +48,10 @@ __device__ __forceinline__ float from_ordered(uint32_t key) {
   return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-// The k-th largest of the row's logits, 1 <= k <= v, by counting in three levels of bins.
-__device__ float kth_largest(const float* logits, int64_t v, int64_t k) {
+// The k-th largest of values by counting in three levels of bins. for_each(visit) visits those of this thread, each time the
+// same; there are at least k.
+template <class ForEach>
+__device__ float kth_largest(ForEach for_each, int64_t k) {
   __shared__ int counts[kBins];
   __shared__ int warps[kChooseWarps];
   __shared__ int found_bin, found_above;
@@ -64,10 +67,10 @@ __device__ float kth_largest(const float* logits, int64_t v, int64_t k) {
     __syncthreads();
     for (int i = threadIdx.x; i < kBins; i += kChooseThreads) counts[i] = 0;
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < v; i += kChooseThreads) {
-      const uint32_t key = ordered(without_nan(logits[i]));
+    for_each([&](float value) {
+      const uint32_t key = ordered(value);
       if ((key & mask) == prefix) atomicAdd(&counts[key >> shift & (bins - 1)], 1);
-    }
+    });
     __syncthreads();
     // From the top: thread t sums the t-th run of bins, and all threads the runs above.
     const int top = kBins - 1 - int(threadIdx.x) * kRun, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -99,53 +102,96 @@ __device__ float kth_largest(const float* logits, int64_t v, int64_t k) {
   return from_ordered(prefix);
 }
 
+// What the first pass left of a row.
+struct LogitsRow {
+  const Partial* partials;
+  const float* logits;
+  int64_t v, tiles;
+
+  // visit(largest logit of the tile) for this thread's tiles.
+  template <class Visit>
+  __device__ __forceinline__ void for_tiles(Visit visit) const {
+    for (int64_t tile = threadIdx.x; tile < tiles; tile += kChooseThreads) visit(partials[tile].max);
+  }
+
+  // visit(token, logit) for this thread's tokens, those at least that have a logit from `least` on.
+  template <class Visit>
+  __device__ __forceinline__ void for_tokens(float least, Visit visit) const {
+    for (int64_t tile = threadIdx.x; tile < tiles; tile += kChooseThreads) {
+      if (!(partials[tile].max >= least)) continue;
+      const int64_t first = tile * kTileRows;
+      float values[kTileRows];
+#pragma unroll
+      for (int i = 0; i < kTileRows; ++i) values[i] = first + i < v ? without_nan(logits[first + i]) : -kInfinity;
+#pragma unroll
+      for (int i = 0; i < kTileRows; ++i) visit(first + i, values[i]);
+    }
+  }
+
+  // As many tiles as have one from the k-th largest of their maxima on: the logits of all others are smaller.
+  __device__ float kth_logit(int64_t k) const {
+    const float least = k > tiles ? -kInfinity : kth_largest([&](auto visit) { for_tiles(visit); }, k);
+    return kth_largest([&](auto visit) { for_tokens(least, [&](int64_t, float logit) { visit(logit); }); }, k);
+  }
+};
+
 struct Draw {
   float score, logit;
   int32_t token;
 };
 
 // The best of what the filters keep, given the best of everything and the largest logit.
-__device__ __forceinline__ Draw draw_filtered(const ExitHeadArgs& a, int64_t row, Draw draw, float largest) {
+__device__ __forceinline__ Draw draw_filtered(const ExitHeadArgs& a, const LogitsRow& row, int64_t index, Draw draw,
+                                              float largest) {
   const SamplingArgs& s = a.sampling;
-  const float* logits = a.logits + row * a.logits_stride;
-  const float temperature = s.temperature[row], top = largest / temperature;
-  const int64_t k = s.top_k && s.top_k[row] > 0 && s.top_k[row] < a.v ? s.top_k[row] : a.v;
-  const float p = s.top_p ? s.top_p[row] : 1.0f, min_p = s.min_p ? s.min_p[row] : 0.0f;
-  const auto score_of = [&](int64_t token) { return without_nan(logits[token]) / temperature; };
+  const float temperature = s.temperature[index], top = largest / temperature;
+  const int64_t k = s.top_k && s.top_k[index] > 0 && s.top_k[index] < a.v ? s.top_k[index] : a.v;
+  const float p = s.top_p ? s.top_p[index] : 1.0f, min_p = s.min_p ? s.min_p[index] : 0.0f;
   if (!(draw.score < top)) return draw;
   float mass = 0;  // of what top-k keeps, where top-p needs it
   if (p < 1) {
-    const float threshold = k < a.v ? kth_largest(logits, a.v, k) / temperature : -kInfinity;
-    for (int64_t i = threadIdx.x; i < a.v; i += kChooseThreads)
-      if (score_of(i) >= threshold) mass += expf(score_of(i) - top);
+    if (k < a.v) {
+      const float kth = row.kth_logit(k), threshold = kth / temperature;
+      // somewhat below: smaller logits may have the same score
+      row.for_tokens(kth - fabsf(kth) * 1e-6f, [&](int64_t, float logit) {
+        const float score = logit / temperature;
+        if (score >= threshold) mass += expf(score - top);
+      });
+    } else {
+#pragma unroll 8
+      for (int64_t tile = threadIdx.x; tile < row.tiles; tile += kChooseThreads)
+        if (row.partials[tile].mass != 0)
+          mass += row.partials[tile].mass * expf(base_of(row.partials[tile].max) / temperature - top);
+    }
     mass = block_sum(mass);
   }
-  const NoiseKey key = key_of(s, row);
+  const NoiseKey key = key_of(s, index);
   while (draw.score < top) {
     int count = 0;
     float above = 0;
     Best next{-kInfinity, draw.token};
-    for (int64_t i = threadIdx.x; i < a.v; i += kChooseThreads) {
-      const float score = score_of(i);
-      if (!(score > draw.score)) continue;
+    row.for_tokens(draw.logit, [&](int64_t token, float logit) {
+      const float score = logit / temperature;
+      if (!(score > draw.score)) return;
       ++count;
       above += expf(score - top);
-      next = better(next, {score + gumbel_noise(key, i), int32_t(i)});
-    }
+      next = better(next, {score + gumbel_noise(key, token), int32_t(token)});
+    });
     count = block_sum(count);
     above = block_sum(above);
     if (count < k && (p >= 1 || above < p * mass) && expf(draw.score - top) >= min_p) break;
     draw.token = block_reduce(next, better).token;
-    draw.logit = logits[draw.token];
-    draw.score = score_of(draw.token);
+    draw.logit = without_nan(row.logits[draw.token]);
+    draw.score = draw.logit / temperature;
   }
   return draw;
 }
 
-__global__ void __launch_bounds__(kChooseThreads) choose_token_kernel(ExitHeadArgs a) {
+__global__ void __launch_bounds__(kChooseThreads, 1) choose_token_kernel(ExitHeadArgs a) {
   follow_previous_kernels();
   const int64_t row = blockIdx.x, tiles = (a.v + kTileRows - 1) / kTileRows;
   const Partial* partials = static_cast<const Partial*>(a.partials) + row * tiles;
+  const LogitsRow logits{partials, a.logits + row * a.logits_stride, a.v, tiles};
   float largest = -kInfinity;
   Best best{-kInfinity, 0x7fffffff};
 #pragma unroll 8  // loads under way at once
@@ -164,7 +210,7 @@ __global__ void __launch_bounds__(kChooseThreads) choose_token_kernel(ExitHeadAr
   Draw draw{best.score, partials[best.token / kTileRows].best_logit, best.token};
   if (is_filtered(a.sampling, row, a.v)) {
     draw.score = without_nan(draw.logit) / a.sampling.temperature[row];  // without the noise
-    draw = draw_filtered(a, row, draw, largest);
+    draw = draw_filtered(a, logits, row, draw, largest);
   }
   if (threadIdx.x == 0) {
     const float log_total = logf(total);

@@ -17,6 +17,7 @@ constexpr float kInfinity = __builtin_huge_valf();
 struct Partial {
   float max;   // of the logits, NaN aside
   float sum;   // of exp(logit - base_of(max)), NaN included
+  float mass;  // of exp((logit - base_of(max)) / temperature), NaN aside, where top-p asks for it
   float best;  // largest score, noise included
   float best_logit;
   int32_t best_token;
@@ -84,6 +85,12 @@ __global__ void __launch_bounds__(kLinearThreads, kTiles > 2 ? 1 : 2) exit_head_
     float sum = expf(logit - base_of(max));
 #pragma unroll
     for (int distance = 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+    float mass = 0;
+    if (a.sampling.top_p) {
+      if (exists && is_filtered(a.sampling, row, a.v)) mass = expf((score - base_of(max)) / a.sampling.temperature[row]);
+#pragma unroll
+      for (int distance = 8; distance > 0; distance /= 2) mass += __shfl_xor_sync(kAllLanes, mass, distance);
+    }
     if (exists && is_sampled(a.sampling, row))
       score = score / a.sampling.temperature[row] + gumbel_noise(key_of(a.sampling, row), token);
     Best best{score, int32_t(token)};
@@ -92,7 +99,7 @@ __global__ void __launch_bounds__(kLinearThreads, kTiles > 2 ? 1 : 2) exit_head_
       best = better(best, {__shfl_xor_sync(kAllLanes, best.score, distance),
                            __shfl_xor_sync(kAllLanes, best.token, distance)});
     if (exists && token == best.token)
-      static_cast<Partial*>(a.partials)[row * tiles + tile] = {max, sum, best.score, logit, best.token};
+      static_cast<Partial*>(a.partials)[row * tiles + tile] = {max, sum, mass, best.score, logit, best.token};
   };
   for_tiles<Product<T, kTiles, kWide>, T, kWide>(launch.input, tiles, rows_of, finish);
 }

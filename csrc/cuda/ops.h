@@ -98,7 +98,7 @@ struct ExitHeadArgs {
   DType dtype;  // of hidden, norm_weight, lm_head, bias
 };
 constexpr int kTileRows = 16;  // tokens of the vocabulary that share a partial result
-constexpr int kPartialBytes = 20;
+constexpr int kPartialBytes = 24;
 cudaError_t exit_head(const ExitHeadArgs& args, cudaStream_t stream);
 
 struct SwigluArgs {

@@ -146,7 +146,9 @@ def torch_linear(ops: SimpleNamespace):
             return ops.swiglu(*linear(x, weights, bias=bias), out=out)
         if isinstance(weights, torch.Tensor):
             y = torch.nn.functional.linear(x, weights, bias)
-            return y if residual is None else residual + y
+            if residual is not None:
+                return torch.add(residual, y, out=out)
+            return y if out is None else out.copy_(y)
         if isinstance(weights, QuantizedWeight) or isinstance(weights[0], QuantizedWeight):
             return ops.small_linear(x, weights, bias=bias, residual=residual, out=out)
         return [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, bias or [None] * len(weights))]

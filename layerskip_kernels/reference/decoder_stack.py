@@ -25,7 +25,7 @@ def compose(
 ) -> None:
     """`decoder_stack` out of the ops of `ops` (see `registry.bind`): the specification of a layer."""
     batch, window, width = hidden.shape
-    x = hidden.reshape(batch * window, width)
+    x = stream = hidden.reshape(batch * window, width)
     for layer, keys, values in zip(layers, k_cache, v_cache):
         dim = keys.shape[-1]
         q, k, v = ops.small_linear(
@@ -42,5 +42,7 @@ def compose(
         x = ops.small_linear(attended.view(batch * window, -1), layer.o, bias=layer.o_bias, residual=x)
         mlp, biases = [layer.gate, layer.up], [layer.gate_bias, layer.up_bias]
         gated = ops.small_linear(x, mlp, bias=biases, norm=(layer.mlp_norm, eps), swiglu=True)
-        x = ops.small_linear(gated, layer.down, bias=layer.down_bias, residual=x)
-    hidden.copy_(x.view(batch, window, width))
+        out = stream if layer is layers[-1] else None
+        x = ops.small_linear(gated, layer.down, bias=layer.down_bias, residual=x, out=out)
+    if stream.data_ptr() != hidden.data_ptr():  # rows so strided that they had to be copied
+        hidden.copy_(stream.view(batch, window, width))
