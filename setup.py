@@ -6,10 +6,12 @@ Environment:
     CXX, CUDACXX          compilers to use instead of the ones on PATH
     LAYERSKIP_BUILD_DIR   CMake's folder (default: build/cmake-<python>; a second build compiles only what changed)
     MAX_JOBS              parallel compile jobs (default: number of cores)
+    CMAKE_ARGS            more arguments for CMake, e.g. "-DLAYERSKIP_CPU_VARIANTS=scalar;avx2"
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -180,7 +182,8 @@ class CMakeBuild(build_ext):
             real = [f"{arch}-real" for arch in PLAN.archs]
             options["CMAKE_CUDA_ARCHITECTURES"] = ";".join([*real, f"{PLAN.archs[-1]}-virtual"])
         defines = [f"-D{name}={value}" for name, value in options.items()]
-        self.cmake("-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *defines, env=environment)
+        more = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        self.cmake("-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *defines, *more, env=environment)
 
     @staticmethod
     def ninja() -> str:

@@ -15,7 +15,6 @@ would gain at the acceptance it had if time were bytes of weights.
 
 import argparse
 import json
-import os
 import statistics
 import time
 from itertools import chain
@@ -30,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layerskip_kernels as lk
 from layerskip_kernels.models.hub import checkpoint_folder
+from layerskip_kernels.switches import switched_on
 
 PEERS = {"transformers": {}, "compiled": {"cache_implementation": "static"}}  # options of their `generate`
 
@@ -161,7 +161,7 @@ def main() -> None:
         read_per_step=read_per_step,
         bandwidth=read_bandwidth(probe),
         torch=torch.__version__,
-        launches_overlap=device != "cpu" and os.environ.get("LAYERSKIP_PDL") != "0",
+        launches_overlap=decoder.ops.backends["small_linear"] == "cuda" and switched_on("LAYERSKIP_PDL"),
     )
     show(rows, conditions)
     if arguments.json:

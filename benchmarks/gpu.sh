@@ -4,10 +4,12 @@
 #   benchmarks/gpu.sh FOLDER [step …]
 #
 #   build       the compiled libraries, for the GPU at hand, into this checkout; needs nvcc, cmake, ninja and pybind11
+#   check       decoding with the CUDA kernels; where it fails, without overlapping launches, then without CUDA graphs: what
+#               helps is left off in all that follows
 #   tests       of the CUDA kernels, then of the Triton kernels
 #   decode      with the CUDA kernels, the 1B and the 8B shape at batch 1, the former also one launch after the other
-#   benchmarks  of every op
 #   profile     of a round
+#   benchmarks  of every op
 #   decode-more the demo model too, batches up to 64, the Triton kernels, transformers compiled
 #   sanitizer   compute-sanitizer over the CUDA kernels, where it is found
 #
@@ -15,7 +17,10 @@
 # after every run, so a call that ends early, killed or by Ctrl-C, has left what it did. A failure ends nothing but
 # itself, and makes the exit code 1; without the CUDA kernels nothing is run.
 #
-# PYTHON chooses the interpreter, JOBS how many test files run at once. What takes longer than these seconds is cut:
+# PYTHON chooses the interpreter, JOBS how many test files run at once (12, or one per processor if those are fewer).
+# CMAKE_ARGS="-DLAYERSKIP_CPU_VARIANTS=scalar" shortens the build, and slows the CPU library down. What takes longer than
+# these seconds is cut:
+: "${JOBS:=$(($(nproc) < 12 ? $(nproc) : 12))}"
 : "${BUILD_SECONDS:=300}"
 : "${TESTS_SECONDS:=180}"  # a file
 : "${DECODE_SECONDS:=90}"  # a model
@@ -28,7 +33,7 @@ out=${1:-${OUT:-}}
 [ -n "$out" ] || { echo "gpu.sh: name a folder for the results" >&2; exit 2; }
 out=$(realpath -m "$out")
 shift || true
-known="build tests decode benchmarks profile decode-more sanitizer"
+known="build check tests decode profile benchmarks decode-more sanitizer"
 steps=${*:-$known}
 for step in $steps; do
     [[ " $known " == *" $step "* ]] || { echo "gpu.sh: no step $step, choose ${known// /, }" >&2; exit 2; }
@@ -82,6 +87,11 @@ run() {  # name, command …
     tail -n 20 "$work/$name.log" | tee -a "$summary"
     echo "$name: exit code $status after $((SECONDS - started)) s" | tee -a "$summary"
     save
+    return $status
+}
+
+without() {  # what is switched off, for names
+    echo "${LAYERSKIP_PDL:+-pdl$LAYERSKIP_PDL}${LAYERSKIP_GRAPHS:+-graphs$LAYERSKIP_GRAPHS}"
 }
 
 limited() {  # seconds, command …; tests that are interrupted write down what they did
@@ -103,7 +113,7 @@ first() {  # files …; then those of stdin, each once
     { printf '%s\n' "$@" && cat; } | awk '!seen[$0]++'
 }
 mapfile -t test_files < <(grep -lE '^BACKEND = |^def test_.*\b(backend|kernels)\b' tests/test_*.py |
-    first tests/test_kernels_decode.py)  # decoding from end to end
+    first tests/test_{kernels_decode,decode_captured}.py)  # decoding from end to end
 mapfile -t benchmark_files < <(grep -lw device benchmarks/bench_*.py |
     first benchmarks/bench_{small_linear,verify_attention,exit_head}.py)
 
@@ -111,14 +121,26 @@ tests() {  # backend
     mkdir "$work/tests-$1"
     printf '%s\n' "${test_files[@]}" >"$work/tests-$1/files.txt"
     # shellcheck disable=SC2016  # bash -c expands it
-    run "tests-$1" xargs -a "$work/tests-$1/files.txt" -P "${JOBS:-6}" -I{} bash -c 'test_file "$@"' _ "$1" {}
+    run "tests-$1" xargs -a "$work/tests-$1/files.txt" -P "$JOBS" -I{} bash -c 'test_file "$@"' _ "$1" {}
+}
+
+check() {
+    run "check$(without)" limited "$TESTS_SECONDS" "$PYTHON" -m pytest -q --backend cuda \
+        tests/test_{kernels_decode,decode_captured}.py
+}
+
+bench() {  # name, file, options …
+    local name=$1 file=$2
+    shift 2
+    run "$name" limited "$BENCHMARKS_SECONDS" "$PYTHON" -m pytest -q --benchmark-columns=median,iqr,rounds \
+        --benchmark-json="$work/$name.json" "$file" "$@"
 }
 
 decode() {  # backend, batch, shape, transformers' ways to compare with …
     local backend=$1 batch=$2 shape=$3 model=(--shape "$3")
     shift 3
     [ "$shape" = demo ] && model=()
-    run "decode-$backend-$batch-$shape${1:+-$1}${LAYERSKIP_PDL:+-pdl$LAYERSKIP_PDL}" limited "$DECODE_SECONDS" "$PYTHON" benchmarks/decode_speed.py \
+    run "decode-$backend-$batch-$shape${1:+-$1}$(without)" limited "$DECODE_SECONDS" "$PYTHON" benchmarks/decode_speed.py \
         "${model[@]}" --device cuda --backend "$backend" --batch "$batch" --peers "$@" --num_speculations 2 4 6 \
         --new_tokens 128 --rounds 3 --json "$work/decode.jsonl"
 }
@@ -142,6 +164,10 @@ PYTHON
 
 for step in $steps; do
     case $step in
+    check)
+        check || { LAYERSKIP_PDL=0 check && export LAYERSKIP_PDL=0; } ||
+            { LAYERSKIP_GRAPHS=0 check && export LAYERSKIP_GRAPHS=0; }
+        ;;
     tests)
         tests cuda
         tests triton
@@ -153,10 +179,9 @@ for step in $steps; do
         ;;
     benchmarks)
         for file in "${benchmark_files[@]}"; do
-            name=$(basename "$file" .py)
-            run "$name" limited "$BENCHMARKS_SECONDS" "$PYTHON" -m pytest -q --benchmark-columns=median,iqr,rounds \
-                --benchmark-json="$work/$name.json" "$file"
+            bench "$(basename "$file" .py)" "$file" -k "not flex"
         done
+        bench bench_flex_attention benchmarks/bench_verify_attention.py -k flex  # compiles for each of its shapes
         ;;
     profile)
         run profile limited "$PROFILE_SECONDS" "$PYTHON" benchmarks/profile_round.py --device cuda \

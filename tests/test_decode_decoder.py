@@ -282,3 +282,23 @@ def test_a_round_reuses_its_buffers(decoder, monkeypatch):
     plain(decoder)
     plain(decoder)
     assert len(set(seen[: len(seen) // 2])) == 1 and len({s[0] for s in seen}) == 1
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_decides_nothing(default):
+    """Kernels take float32 where they say so: logits, penalties."""
+    model = tiny_model("llama3", late_scale=0.05)
+    options = dict(max_new_tokens=12, eos_token_id=[], repetition_penalty=1.3, output_logits=True)
+    ways = (dict(), dict(sample=True, seed=3), dict(logits_processor=lambda ids, scores: scores))
+    expected = [decode(model, **options | way) for way in ways]
+    torch.set_default_dtype(default)
+    try:
+        found = [decode(model, **options | way) for way in ways]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == expected
+
+
+def decode(model, **options):
+    result = lk.SelfSpeculativeDecoder.from_model(model, exit_layer=2).generate([[5, 9, 17], [7]], **options)
+    return result.sequences, [logits.dtype for logits in result.logits], [logits.tolist() for logits in result.logits]

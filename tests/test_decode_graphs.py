@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +17,9 @@ from tiny_models import tiny_model, tiny_tokenizer
 import layerskip_kernels as lk
 from layerskip_kernels.decode import workspace
 from layerskip_kernels.decode.batch import Batch
+from layerskip_kernels.decode.buffers import Buffers
 from layerskip_kernels.decode.graphs import CudaDevice, RoundGraphs
+from layerskip_kernels.decode.workspace import captures_rounds
 from layerskip_kernels.native.cuda import launch
 
 PROMPTS = [[5, 9, 17, 3, 250, 11, 40], [7], [100, 101, 102] * 14, [30, 20], [8, 8, 8]]
@@ -195,6 +199,47 @@ def test_the_first_run_is_eager_the_second_is_captured():
     assert calls == ["run", "capture", "replay", "replay", "run"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "graphs", "captured"),
+    [
+        ("cuda", "cuda", "1", True),
+        ("cuda", "reference", "1", False),
+        ("cuda", "triton", "0", False),
+        ("cpu", "cpu", "1", False),
+    ],
+)
+def test_which_rounds_are_captured(monkeypatch, kind, name, graphs, captured):
+    """The reference reads from the device in the middle of a round."""
+    monkeypatch.setenv("LAYERSKIP_GRAPHS", graphs)
+    ops = SimpleNamespace(backends={"rms_norm": name, "decoder_stack": "composed"})
+    assert captures_rounds(SimpleNamespace(device=torch.device(kind), ops=ops)) == captured
+
+
+@pytest.mark.parametrize("options", [dict(output_logits=True), dict(stopping_criteria=[lambda ids, scores: False])])
+def test_a_call_leaves_no_tensors_to_the_garbage_collector(monkeypatch, options):
+    """Logits and caches are large: they go when the call ends, or the next one needs the room."""
+    made, original = [], Buffers.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(Buffers, "__init__", init)
+    model = decoder()
+    gc.collect()
+    gc.disable()
+    try:
+        caches = []
+        for new in (8, 300):  # which needs a larger cache
+            model.generate(PROMPTS[:2], max_new_tokens=new, eos_token_id=[], **options)
+            caches.append(weakref.ref(model._workspace.cache))
+        assert caches[0]() is None and caches[1]() is not None
+        kept = {id(buffers) for buffers, _ in model._workspace._rounds.values()}
+        assert len(made) >= 2 and {id(b()) for b in made if b() is not None} == kept
+    finally:
+        gc.enable()
+
+
 class TwoDevices:
     """What `CudaDevice` uses of torch.cuda, as if there were two devices and the first was the current one."""
 
@@ -203,7 +248,7 @@ class TwoDevices:
     CUDAGraph = staticmethod(lambda: SimpleNamespace(pool=lambda: "pool", replay=lambda: None))
 
     def __init__(self):
-        self.current, self.capturing, self.captures, self.recorded = "cuda:0", False, [], []
+        self.current, self.capturing, self.captures, self.recorded, self.set_stream = "cuda:0", False, [], [], None
 
     @contextmanager
     def device(self, device):
@@ -228,7 +273,27 @@ def two_devices(monkeypatch):
     cuda = TwoDevices()
     for name in ("Stream", "current_stream", "CUDAGraph", "device", "graph", "Event"):
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(cuda, "set_stream", stream))
     return cuda
+
+
+def test_after_a_failed_capture_the_stream_is_the_one_before(two_devices):
+    """torch leaves it at the capture's when ending the capture fails too."""
+
+    def fails():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaDevice("cuda:1").capture(fails)
+    assert two_devices.set_stream == "current stream of cuda:1"
+
+
+def test_results_are_fetched_to_the_cpu_whatever_the_default_device(two_devices, monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **more: empty(*size, **more))
+    with torch.device("meta"):
+        (copy,) = CudaDevice("cuda:0").fetch([torch.arange(3, device="cpu")])()
+    assert copy.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -211,6 +211,18 @@ def test_draws_are_those_of_the_reference(backend, filters):
     assert_close(confidence, logprobs.amax(dim=1).exp())
 
 
+@pytest.mark.parametrize("filters", ["all", "top_p"])
+def test_draws_from_a_large_vocabulary(backend, filters):
+    """More tiles than threads of a block, and a share of them that has tokens above the draw."""
+    inputs = Inputs(backend.device, seed=4)
+    args = case(inputs, 5, 8, 20011, logit_scale=2.0)
+    sampling = draws(inputs, 5, temperature=1.3, seed=8, **FILTERS[filters])
+    received = torch.empty(5, 20011, device=backend.device)
+    token = exit_head(**args, sampling=sampling, logits_out=received).token
+    on_cpu = Sampling(*(None if v is None else v.cpu() for v in sampling))
+    assert_tokens(token, perturb(received.cpu(), on_cpu), 1e-4)
+
+
 @pytest.mark.parametrize("filters", FILTERS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 def test_draws_on_whole_number_logits_are_exact(backend, dtype, filters):

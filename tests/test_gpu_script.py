@@ -24,6 +24,7 @@ case "$1" in
 *)
     echo "$LAYERSKIP_CUDA_ARCHS" "$@" >>"$CALLS"
     case "$*" in
+    *"decode_captured.py") [ "${LAYERSKIP_PDL:-1} ${LAYERSKIP_GRAPHS:-1}" = "$WORKS" ] || exit 1 ;;
     *$FAILS*) exit 3 ;;
     *$HANGS*) exec sleep 60 ;;
     esac
@@ -44,7 +45,8 @@ def script(tmp_path):
     for name, text in (("python", PYTHON), ("compute-sanitizer", SANITIZER)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    nothing = dict.fromkeys(("NO_KERNELS", "LAYERSKIP_CUDA_ARCHS", "LAYERSKIP_PDL"), "")
+    nothing = dict.fromkeys(("NO_KERNELS", "LAYERSKIP_CUDA_ARCHS", "LAYERSKIP_PDL", "LAYERSKIP_GRAPHS"), "")
+    nothing |= dict(WORKS="1 1")
     usual = dict(PYTHON=str(tmp_path / "python"), CALLS=str(tmp_path / "calls"), OUT=str(tmp_path / "out"))
     usual |= dict(PATH=f"{tmp_path}:{os.environ['PATH']}", FAILS="no call", HANGS="no call")
 
@@ -83,10 +85,11 @@ def test_the_most_telling_comes_first(script, tmp_path):
     summary = (tmp_path / "out" / "summary.txt").read_text()
     runs = re.findall(r"^(\S+): exit code 0 after", summary, re.MULTILINE)
     decodes = [run for run in runs if run.startswith("decode-")]
-    assert runs[:6] == ["build", "tests-cuda", "tests-triton", *FIRST_DECODES, "decode-cuda-1-llama3.2-1b-pdl0"]
-    assert runs[6:8] == ["bench_small_linear", "bench_verify_attention"]
+    first = ["build", "check", "tests-cuda", "tests-triton", *FIRST_DECODES, "decode-cuda-1-llama3.2-1b-pdl0"]
+    first += ["profile", "bench_small_linear", "bench_verify_attention"]
+    assert runs[: len(first)] == first
     sanitizer = [f"sanitizer-{tool}" for tool in ("memcheck", "racecheck", "synccheck")]
-    assert ["profile", *decodes[3:], *sanitizer] == runs[runs.index("profile") :]
+    assert ["bench_flex_attention", *decodes[3:], *sanitizer] == runs[runs.index("bench_flex_attention") :]
     assert len(decodes) == len(set(decodes)) == 3 * 4 * 2 + 4
     assert "test_kernels_decode.py: 1 passed, exit code 0" in summary
     assert {"tests-triton/test_rms_norm.log", *(f"{run}.log" for run in runs)} <= kept(tmp_path)
@@ -101,7 +104,7 @@ def test_what_is_called(script, tmp_path):
     assert " --backend cuda " in tests[0] and " --backend triton " in tests[-1]
     tests = [call.split()[-1] for call in tests]
     assert tests[: len(tests) // 2] == tests[len(tests) // 2 :]
-    assert tests[0] == "tests/test_kernels_decode.py"
+    assert tests[:2] == ["tests/test_kernels_decode.py", "tests/test_decode_captured.py"]
     files = {f"tests/{path.name}" for path in Path(ROOT, "tests").glob("test_*.py") if "\nOP = " in path.read_text()}
     assert files - {"tests/test_exit_head_screen.py"} <= set(tests)  # which is about the CPU alone
     assert "--shape llama3.2-1b --device cuda --backend cuda --batch 1 --peers transformers --num_spec" in decode
@@ -114,6 +117,23 @@ def test_a_failure_ends_nothing_but_itself(script, tmp_path):
     assert len(calls(tmp_path)) > 5
     code, _, errors = finish(script("", "tests", FAILS="cuda --junitxml"))
     assert (code, errors) == (1, "failed: tests-cuda\n")
+
+
+@pytest.mark.parametrize(
+    ("works", "tried", "left"),
+    [
+        ("1 1", ["check"], ""),
+        ("0 1", ["check", "check-pdl0"], "-pdl0"),
+        ("1 0", ["check", "check-pdl0", "check-graphs0"], "-graphs0"),
+    ],
+)
+def test_what_decoding_fails_with_is_left_off(script, tmp_path, works, tried, left):
+    """`works`: the values of LAYERSKIP_PDL and LAYERSKIP_GRAPHS with which it does, if another does not."""
+    code, _, _ = finish(script("", "check", "decode", WORKS=works))
+    assert code == (0 if len(tried) == 1 else 1)
+    runs = re.findall(r"^(\S+): exit code", (tmp_path / "out" / "summary.txt").read_text(), re.MULTILINE)
+    assert runs[: len(tried)] == tried
+    assert runs[len(tried)] == f"decode-cuda-1-llama3.2-1b-transformers{left}"
 
 
 def test_what_hangs_is_cut(script, tmp_path):
@@ -147,5 +167,5 @@ def test_says_what_is_missing(script, tmp_path):
     assert finish(no_gpu) == (1, "", "gpu.sh: torch finds no CUDA device\n")
     assert finish(script(OUT="")) == (2, "", "gpu.sh: name a folder for the results\n")
     code, _, errors = finish(script("", "test"))
-    assert code == 2 and errors.startswith("gpu.sh: no step test, choose build, tests, ")
+    assert code == 2 and errors.startswith("gpu.sh: no step test, choose build, check, tests, ")
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from layerskip_kernels.decode.batch import Batch
@@ -51,7 +53,7 @@ class Round:
         def vector(name: str, dtype: torch.dtype) -> torch.Tensor:
             return buffers.view(name, dtype, rows)[:, 0]
 
-        self.buffers = buffers
+        self._buffers = weakref.ref(buffers)  # which holds this round
         self.drafts, self.window, self.sampled = drafts, window, buffers.sampled
         self.lengths, self.slot_ids = batch.lengths[:rows], batch.slot_ids[:rows]
         self.pending, self.remaining, self.finished = (
@@ -120,3 +122,8 @@ class Round:
             inv_freq=rope.inv_freq if self.inv_freq is None else self.inv_freq,
             slot_ids=self.slot_ids,
         )
+
+    @property
+    def buffers(self) -> Buffers:
+        """What this is a round of."""
+        return self._buffers()

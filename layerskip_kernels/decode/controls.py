@@ -136,4 +136,4 @@ def _rows_of(sampling: Sampling | None, rows: list[int]) -> Sampling | None:
 
 
 def _index(rows: list[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(rows, device=like.device)
+    return torch.tensor(rows, dtype=torch.int64, device=like.device)

@@ -358,9 +358,8 @@ class SelfSpeculativeDecoder:
         reasons = [r.finish_reason for r in requests]
         logits = None
         if output_logits:
-            none = torch.empty(
-                0, self.config.vocab_size, device=self.device
-            )  # an interrupted request may have no token
+            # an interrupted request may have no token
+            none = torch.empty(0, self.config.vocab_size, dtype=torch.float32, device=self.device)
             logits = [torch.cat([none, *r.logits]) for r in requests]
         return GenerationResult(sequences, text, reasons, stats, logits)
 

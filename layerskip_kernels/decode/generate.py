@@ -52,17 +52,16 @@ class Generation:
             self.model.prepare_drafts(exit_layer)
         self.eos_ids, self.stop, self.streamer = workspace.eos_ids(eos_ids), stop, streamer
         self.eos = frozenset(eos_ids)
-        self.show_draft = self._show_draft if hasattr(streamer, "put_draft") else None
+        self.shows_drafts = hasattr(streamer, "put_draft")
         self.deterministic_prefill = deterministic_prefill
         self.stats = GenerationStats(drafted_at=[0] * self.drafts, accepted_at=[0] * self.drafts)
         self.free_slots = list(reversed(range(min(self.cache.slots, len(requests)))))
         self.batch.requests.clear()  # of a call that failed
         sampled = requests[0].sampling is not None
         self.output_logits = output_logits
-        self.control = self._control if requests[0].controls else None
+        self.controlled = requests[0].controls is not None
         self.rejection = rejection
-        controlled = self.control is not None and requests[0].controls.needs_logits
-        self.first_logits = output_logits or controlled
+        self.first_logits = output_logits or (self.controlled and requests[0].controls.needs_logits)
         self.needs_logits = self.first_logits or rejection is not None
         penalized = any(request.repetition_penalty != 1 for request in requests)
         self.buffers, self.graphs = workspace.rounds(
@@ -72,7 +71,7 @@ class Generation:
         if self.drafts and (draft_confidence is not None or adaptive_speculations):
             cost = self.model.draft_share(exit_layer)
             self.adaptation = Adaptation(draft_confidence, adaptive_speculations, cost, self.drafts)
-        if self.control or self.show_draft or self.adaptation:  # the host looks into the round
+        if self.controlled or self.shows_drafts or self.adaptation:  # the host looks into the round
             self.graphs = None
         self.round_model = self.model
         if profile:
@@ -87,7 +86,7 @@ class Generation:
         try:
             while waiting or len(self.batch):
                 while waiting and self.free_slots:
-                    together = len(waiting[0].controls.requests) if self.control else 1
+                    together = len(waiting[0].controls.requests) if self.controlled else 1
                     self._start([waiting.popleft() for _ in range(together)])
                 self._decode()
         except KeyboardInterrupt:
@@ -100,7 +99,7 @@ class Generation:
         """Prefill these requests and emit their first tokens; the controls of one are those of all."""
         started = time.perf_counter()
         tokens, logprobs, logits = zip(*(self._prefill(request) for request in requests))
-        if self.control:
+        if self.controlled:
             rows = [sampling_for(request, self.model.device) for request in requests]
             sampling = rows[0] and Sampling(*(torch.cat(fields) for fields in zip(*rows)))
             tokens = requests[0].controls.first(
@@ -121,7 +120,7 @@ class Generation:
             self.streamer.put(torch.tensor(request.prompt))
         logits = None
         if self.first_logits:
-            logits = torch.empty(1, self.model.config.vocab_size, device=self.model.device)
+            logits = torch.empty(1, self.model.config.vocab_size, dtype=torch.float32, device=self.model.device)
         token, logprob = prefill(self.model, self.cache, request, self.last_layer, self.deterministic_prefill, logits)
         return token, logprob, logits
 
@@ -160,10 +159,11 @@ class Generation:
         return r, self.graphs.device.fetch(_results(r))
 
     def _run_round(self, r: Round) -> Round:
+        control = self._control if self.controlled else None
         if self.speculative:
-            hooks = self.show_draft, self.control, self.rejection, self.adaptation
+            hooks = self._show_draft if self.shows_drafts else None, control, self.rejection, self.adaptation
             return self_speculative_round(self.round_model, self.cache, r, self.exit_layer, self.eos_ids, *hooks)
-        plain_round(self.round_model, self.cache, r, self.last_layer, self.eos_ids, self.control)
+        plain_round(self.round_model, self.cache, r, self.last_layer, self.eos_ids, control)
         return r
 
     def _collect(self, r: Round, wait: Callable[[], Sequence[torch.Tensor]]) -> bool:

@@ -30,22 +30,30 @@ class CudaDevice:
         """
         # other threads may allocate and run kernels meanwhile
         how = dict(pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with (
-            _capturing,
-            torch.cuda.device(self.device),
-            # torch's random state for graphs, which the first capture makes, must serve graphs of others too
-            torch.inference_mode(False),
-            torch.cuda.graph(graph := torch.cuda.CUDAGraph(), **how),
-            torch.inference_mode(),
-            launch.overlapping(),
-        ):
-            body()
+        before = torch.cuda.current_stream(self.device)
+        try:
+            with (
+                _capturing,
+                torch.cuda.device(self.device),
+                launch.overlapping(),
+                # torch's random state for graphs, which the first capture makes, must serve graphs of others too
+                torch.inference_mode(False),
+                torch.cuda.graph(graph := torch.cuda.CUDAGraph(), **how),
+                torch.inference_mode(),
+            ):
+                body()
+        except BaseException:
+            torch.cuda.set_stream(before)  # where ending the capture fails, torch stays on the capture's
+            raise
         self._pool = graph.pool()
         return graph.replay
 
     def fetch(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
         """Starts copies to pinned memory, behind what was launched; returns what waits for them and gives them."""
-        copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+        copies = [
+            torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
+            for t in tensors
+        ]
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(self.device))
 

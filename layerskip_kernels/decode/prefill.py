@@ -57,7 +57,8 @@ def penalty_for(request: Request, vocab_size: int, device: torch.device) -> Repe
     first_seen = torch.full((1, vocab_size), NEVER, dtype=torch.uint8, device=device)
     first_seen[0, request.seen()] = 0
     position = torch.zeros(1, dtype=torch.uint8, device=device)
-    return RepetitionPenalty(torch.full((1,), request.repetition_penalty, device=device), first_seen, position)
+    factor = torch.full((1,), request.repetition_penalty, dtype=torch.float32, device=device)
+    return RepetitionPenalty(factor, first_seen, position)
 
 
 def sampling_for(request: Request, device: torch.device) -> Sampling | None:

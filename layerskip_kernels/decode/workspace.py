@@ -7,6 +7,7 @@ from layerskip_kernels.decode.buffers import Buffers
 from layerskip_kernels.decode.cache import KVCache
 from layerskip_kernels.decode.graphs import CudaDevice, RoundGraphs
 from layerskip_kernels.decode.model import Model
+from layerskip_kernels.switches import switched_on
 
 
 class Workspace:
@@ -18,7 +19,7 @@ class Workspace:
     def __init__(self, model: Model, cache: KVCache):
         self.model, self.cache = model, cache
         self.batch = Batch(cache.slots, model.device, model.config.vocab_size)
-        self.device = CudaDevice(model.device) if model.device.type == "cuda" else None
+        self.device = CudaDevice(model.device) if captures_rounds(model) else None
         self._rounds: dict[tuple[int, bool, bool], tuple[Buffers, RoundGraphs | None]] = {}
         self._eos_ids: dict[tuple[int, ...], torch.Tensor] = {}
 
@@ -40,3 +41,9 @@ class Workspace:
         if ids not in self._eos_ids:
             self._eos_ids[ids] = torch.tensor(ids, dtype=torch.int64, device=self.model.device)
         return self._eos_ids[ids]
+
+
+def captures_rounds(model: Model) -> bool:
+    """Whether rounds become CUDA graphs. The reference's can't: it reads lengths on the host."""
+    on_gpu = model.device.type == "cuda" and "reference" not in model.ops.backends.values()
+    return on_gpu and switched_on("LAYERSKIP_GRAPHS")

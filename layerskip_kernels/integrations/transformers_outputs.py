@@ -47,9 +47,12 @@ def _scores(request: Request, logits: torch.Tensor | None) -> torch.Tensor:
         return request.controls.scores_of(request)
     if request.sampling is None:
         return logits
+    dtypes = dict(
+        temperature=torch.float32, seed=torch.int64, top_k=torch.int64, top_p=torch.float32, min_p=torch.float32
+    )
     fields = {
-        name: torch.full((len(logits),), getattr(request.sampling, name), device=logits.device)
-        for name in ("temperature", "seed", "top_k", "top_p", "min_p")
+        name: torch.full((len(logits),), getattr(request.sampling, name), dtype=dtype, device=logits.device)
+        for name, dtype in dtypes.items()
     }
     return process(logits, Sampling(position=fields["seed"], **fields))
 

@@ -7,7 +7,6 @@ memory from being given out before the kernels that read it are done.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from layerskip_kernels.native import cuda_library
 from layerskip_kernels.native import tensor as native_tensor
+from layerskip_kernels.switches import switched_on
 
 DEVICE_TYPE = "cuda"
 _NO_GUARD = contextlib.nullcontext()
@@ -48,11 +48,8 @@ def overlapping():
     Raises:
         ValueError: LAYERSKIP_PDL is neither 0 nor 1.
     """
-    asked = os.environ.get("LAYERSKIP_PDL", "1")
-    if asked not in ("0", "1"):
-        raise ValueError(f"LAYERSKIP_PDL={asked}: choose 0 or 1")
-    library, _ = cuda_library()
-    if library is None or asked == "0":
+    asked, (library, _) = switched_on("LAYERSKIP_PDL"), cuda_library()
+    if library is None or not asked:
         yield
         return
     before = library.overlap_launches(True)
