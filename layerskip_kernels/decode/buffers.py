@@ -105,6 +105,9 @@ class Round:
 
         self.step_tokens, self.step_rows = self.tokens.unbind(1), self.exit_hidden.unbind(1)
         self.step_hidden = self.exit_hidden.split(1, dim=1)
+        # Of one sequence a draft goes where the next step reads it.
+        in_place = [self.draft_head._replace(token=token) for token in self.step_tokens[1:]]
+        self.draft_heads = in_place if rows == 1 else [self.draft_head] * drafts
 
         # What `Model.run_layers` needs to know of window position t alone, and of the whole window.
         self.at = [

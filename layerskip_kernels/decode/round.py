@@ -106,9 +106,10 @@ def draft(
         else:
             if r.sampled:
                 r.draft_sampling.position.copy_(r.next_positions[:, t])
-            penalty = r.repetition and r.repetition.drafts[t]
-            model.draft_head(r.step_rows[t], r.draft_sampling, r.draft_head, penalty=penalty)
-            r.step_tokens[t + 1].copy_(r.draft_head.token)
+            penalty, head = r.repetition and r.repetition.drafts[t], r.draft_heads[t]
+            model.draft_head(r.step_rows[t], r.draft_sampling, head, penalty=penalty)
+            if head.token is not r.step_tokens[t + 1]:
+                r.step_tokens[t + 1].copy_(head.token)
         if r.repetition:
             r.repetition.add_draft(t + 1, r.step_tokens[t + 1])
         if adaptation is not None and adaptation.stops(r, t):
