@@ -22,7 +22,7 @@
 # these seconds is cut:
 : "${JOBS:=$(($(nproc) < 12 ? $(nproc) : 12))}"
 : "${BUILD_SECONDS:=300}"
-: "${TESTS_SECONDS:=180}"  # a file
+: "${TESTS_SECONDS:=240}"  # a file
 : "${DECODE_SECONDS:=90}"  # a model
 : "${BENCHMARKS_SECONDS:=60}"  # a file
 : "${PROFILE_SECONDS:=60}"
@@ -113,7 +113,8 @@ first() {  # files …; then those of stdin, each once
     { printf '%s\n' "$@" && cat; } | awk '!seen[$0]++'
 }
 mapfile -t test_files < <(grep -lE '^BACKEND = |^def test_.*\b(backend|kernels)\b' tests/test_*.py |
-    first tests/test_{kernels_decode,decode_captured}.py)  # decoding from end to end
+    first tests/test_{kernels_decode,decode_captured}.py `# decoding from end to end` \
+        tests/test_{exit_head,verify_attention}.py)  # and what takes longest
 mapfile -t benchmark_files < <(grep -lw device benchmarks/bench_*.py |
     first benchmarks/bench_{small_linear,verify_attention,exit_head}.py)
 

@@ -25,6 +25,8 @@ from layerskip_kernels.triton import launch
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of logits; too few rows would leave a GPU's products idle
 SLAB_ROWS = 8192  # rows of a half-precision head converted at once where products can't widen by themselves
+# Before torch 2.10 the matrix that a product is added to has to be of the operands' dtype (pytorch PR 167931).
+_ADDS_WIDENED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 BLOCK = 4096
 ROWS = 64 if launch.INTERPRETED else 1  # of a program: the interpreter pays per program
 
@@ -167,7 +169,7 @@ def early_exit_cross_entropy(
     variant = dict(CAPPED=softcap is not None, DISTILL=distill_weight > 0, ROWS=ROWS, BLOCK=BLOCK, num_warps=8)
     variant |= launch.EXACT
 
-    for index in rows.split(tokens):
+    for index in rows.split(tokens) if len(rows) else ():
         count, taken = len(index), exits * len(index)
         hidden = torch.cat([h.index_select(0, index) for h in hiddens])
         labels = targets.index_select(0, index)
@@ -209,8 +211,11 @@ def _widening(head: Tensor) -> bool:
 
 
 def _slabs(head: Tensor, dtype: torch.dtype) -> list[slice]:
-    step = head.shape[0] if head.dtype == dtype else SLAB_ROWS
-    return [slice(start, min(start + step, head.shape[0])) for start in range(0, head.shape[0], step)]
+    return _slices(head.shape[0], head.shape[0] if head.dtype == dtype else SLAB_ROWS)
+
+
+def _slices(rows: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _products(hidden: Tensor, head: Tensor, out: Tensor) -> None:
@@ -234,7 +239,10 @@ def _times_head(gradient: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """total += gradientᵀ @ hidden."""
-    if _widening(hidden):
+    if not _widening(hidden):
+        total.addmm_(gradient.T, hidden.to(total.dtype))
+    elif _ADDS_WIDENED:
         torch.addmm(total, gradient.T, hidden, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(gradient.T, hidden.to(total.dtype))
+        for slab in _slices(len(total), SLAB_ROWS):
+            total[slab] += torch.mm(gradient[:, slab].T, hidden, out_dtype=total.dtype)

@@ -31,14 +31,15 @@ def rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     row = tl.program_id(0)
     x_ptr += row_offset(row, stride_x, ALIGNED)
     out_ptr += row_offset(row, stride_out, ALIGNED)
     if HAS_RESIDUAL:
         residual_ptr += row_offset(row, stride_residual, ALIGNED)
-        for start in range(0, COLUMNS, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+        for start in range(0, COLUMNS, WHOLE):
+            column = start + tl.arange(0, WHOLE)
             inside = column < COLUMNS
             x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
             total = tl.load(residual_ptr + column, mask=inside, other=0.0).to(tl.float32) + x
@@ -46,12 +47,17 @@ def rms_norm_kernel(
         tl.debug_barrier()  # other threads of the block may read it back
         x_ptr = residual_ptr
     scale = inverse_rms(x_ptr, eps, COLUMNS, BLOCK)
-    for start in range(0, COLUMNS, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    for start in range(0, COLUMNS, WHOLE):
+        column = start + tl.arange(0, WHOLE)
         inside = column < COLUMNS
         x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + column, cast(x * scale * weight, out_ptr.dtype.element_ty), mask=inside)
+
+
+def whole_block(columns: int) -> int:
+    """Columns of what is done element by element: all at once, or each load would wait for the store before it."""
+    return min(8192, triton.next_power_of_2(columns))
 
 
 def rms_norm(
@@ -84,6 +90,7 @@ def rms_norm(
             HAS_RESIDUAL=residual is not None,
             ALIGNED=aligned(x, weight, residual, out),
             BLOCK=block,
+            WHOLE=whole_block(columns),
             num_warps=max(1, block // 256),
             **EXACT,
         )

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from layerskip_kernels.triton.launch import EXACT, aligned, cast, check, guard, row_offset
 
-_VARYING = ["window", "heads", "groups"] + [
+_VARYING = ["lengths_ptr", "positions_ptr", "slot_ids_ptr", "num_queries_ptr", "window", "heads", "groups"] + [
     f"stride_{n}" for n in "qb qt qh kb kt kg vb vt vg ks_slot ks_g ks_s vs_slot vs_g vs_s pos freq_b freq_t".split()
 ]
 

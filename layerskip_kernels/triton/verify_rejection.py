@@ -42,13 +42,19 @@ def accept_standard(draft_ptr, q_ptr, p_ptr, u_ptr, n, stride_qt, stride_pt, str
 
 
 @triton.jit
+def next_ratio(ratio, draft_ptr, q_ptr, p_ptr, i):
+    """r_{i+1} of r_i; q and p are those of draft i."""
+    token = tl.load(draft_ptr + i)
+    ratio *= tl.load(p_ptr + token).to(tl.float64) / tl.load(q_ptr + token).to(tl.float64)
+    return tl.where(ratio > 1.0, 1.0, ratio)
+
+
+@triton.jit
 def block_ratio(draft_ptr, q_ptr, p_ptr, steps, stride_qt, stride_pt):
     """r_steps: r_0 = 1, r_i = min(r_{i-1} · p_i(x_i) / q_i(x_i), 1) (Sun et al., algorithm 2)."""
     ratio = tl.full([], 1.0, tl.float64)
     for i in range(steps):
-        token = tl.load(draft_ptr + i)
-        ratio *= tl.load(p_ptr + token).to(tl.float64) / tl.load(q_ptr + token).to(tl.float64)
-        ratio = tl.where(ratio > 1.0, 1.0, ratio)
+        ratio = next_ratio(ratio, draft_ptr, q_ptr, p_ptr, i)
         q_ptr += stride_qt
         p_ptr += stride_pt
     return ratio
@@ -159,8 +165,12 @@ def decide_kernel(
     if BLOCK_METHOD:
         sums_ptr += b.to(tl.int64) * WIDTH * NUM_CHUNKS
         accepted = 0
+        ratio = accepted_ratio
+        q_row, p_row = q_ptr, p_ptr
         for i in range(1, n + 1):
-            ratio = block_ratio(draft_ptr, q_ptr, p_ptr, i, stride_qt, stride_pt)
+            ratio = next_ratio(ratio, draft_ptr, q_row, p_row, i - 1)
+            q_row += stride_qt
+            p_row += stride_pt
             left = tree_sum(tl.load(sums_ptr + i * NUM_CHUNKS + chunk, mask=exists, other=0.0))
             rest = left + 1.0 - ratio
             threshold = tl.where(rest > 0.0, left / tl.where(rest > 0.0, rest, 1.0), 1.0)

@@ -1,6 +1,6 @@
 from triton_compile import Case
 
-from layerskip_kernels.triton.rms_norm import rms_norm_kernel
+from layerskip_kernels.triton.rms_norm import rms_norm_kernel, whole_block
 from layerskip_kernels.triton.sums import norm_block
 
 
@@ -11,7 +11,13 @@ def case(kind, columns, *, residual=False, aligned=True):
         fn=rms_norm_kernel,
         signature=dict.fromkeys(pointers, f"*{kind}")
         | dict(stride_x="i32", stride_residual="i32", stride_out="i32", eps="fp32"),
-        constexprs=dict(COLUMNS=columns, HAS_RESIDUAL=residual, ALIGNED=aligned, BLOCK=norm_block(columns))
+        constexprs=dict(
+            COLUMNS=columns,
+            HAS_RESIDUAL=residual,
+            ALIGNED=aligned,
+            BLOCK=norm_block(columns),
+            WHOLE=whole_block(columns),
+        )
         | ({} if residual else dict(residual_ptr=None)),
         divisible=pointers if aligned else (),
         num_warps=max(1, norm_block(columns) // 256),

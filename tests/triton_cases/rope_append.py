@@ -13,9 +13,8 @@ def case(kind, dim, *, ragged=True, aligned=True):
         name=f"{kind} D={dim}{'' if ragged else ' whole'}{'' if aligned else ' unaligned'}",
         fn=rope_append_kernel,
         signature=dict.fromkeys(CACHES, f"*{kind}")
-        | dict.fromkeys((n for n in INDICES if n not in absent), "*i32")
         | dict(inv_freq_ptr="*fp32", attention_factor="fp32")
-        | dict.fromkeys(_VARYING, "i32"),
+        | {n: "*i32" if n in INDICES else "i32" for n in _VARYING if n not in absent},
         constexprs=dict(HALF=dim // 2, ALIGNED=aligned, BLOCK_HEADS=512 // block_half, BLOCK_HALF=block_half) | absent,
         divisible=(*CACHES, "inv_freq_ptr") if aligned else (),
         num_warps=2,

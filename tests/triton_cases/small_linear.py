@@ -31,6 +31,7 @@ def case(kind: str, shape: str, tiles: int) -> Case:
         divisible=POINTERS,
         mma=kind != "fp32",
         wide=shape != "odd",
+        stack=8 if tiles == MAX_TILES else 0,  # Triton 3.6
         **options,
     )
 
