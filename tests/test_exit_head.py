@@ -211,6 +211,17 @@ def test_draws_are_those_of_the_reference(backend, filters):
     assert_close(confidence, logprobs.amax(dim=1).exp())
 
 
+def test_more_rows_than_one_pass_over_the_head_takes(kernels):
+    inputs = Inputs(kernels.device, torch.bfloat16)
+    args = case(inputs, 131, 40, 83)
+    sampling = draws(inputs, 131, temperature=0.8, top_k=9, top_p=0.9)
+    together = exit_head(**args, sampling=sampling)
+    for rows in (slice(0, 64), slice(64, 131), slice(130, 131)):
+        some = Sampling(*(None if field is None else field[rows] for field in sampling))
+        apart = exit_head(**args | dict(hidden=args["hidden"][rows]), sampling=some)
+        assert all(same_bits(a[rows], b) for a, b in zip(together, apart, strict=True))
+
+
 @pytest.mark.parametrize("filters", ["all", "top_p"])
 def test_draws_from_a_large_vocabulary(backend, filters):
     """More tiles than threads of a block, and a share of them that has tokens above the draw."""

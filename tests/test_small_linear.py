@@ -148,6 +148,18 @@ def test_a_row_depends_on_itself_alone(kernels, dtype, shape):
             assert same_bits(small_linear(x[:7], w, bias=b, out=torch.empty_like(alone[:7])), alone[:7])
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
+def test_more_rows_than_one_pass_over_the_weights_takes(kernels, dtype):
+    inputs = Inputs(kernels.device, dtype)
+    x, weights = inputs.randn(131, 96), [inputs.weight(40, 96), inputs.weight(33, 96)]
+    residual = inputs.randn(131, 40)
+    together = small_linear(x, weights), [small_linear(x, weights[0], residual=residual)]
+    for rows in (slice(0, 64), slice(64, 131), slice(130, 131)):
+        for found, w in zip(together[0], weights):
+            assert same_bits(found[rows], small_linear(x[rows], w))
+        assert same_bits(together[1][0][rows], small_linear(x[rows], weights[0], residual=residual[rows]))
+
+
 @pytest.mark.parametrize("rows", [1, 5, 17])
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 def test_fused_norm_equals_separate_norm(kernels, dtype, rows):

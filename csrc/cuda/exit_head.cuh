@@ -54,7 +54,6 @@ __device__ __forceinline__ NoiseKey key_of(const SamplingArgs& s, int64_t row) {
 struct ExitHeadLaunch {
   LinearInput input;
   ExitHeadArgs args;
-  int64_t first;  // row of the call that the input starts with
 };
 
 template <class T, int kTiles, bool kWide>
@@ -66,9 +65,8 @@ __global__ void __launch_bounds__(kLinearThreads, kTiles > 2 ? 1 : 2) exit_head_
     return WeightTile{upper, {upper.data, upper.stride, upper.first + 8, upper.end}};
   };
   const auto finish = [&](int tile, int i, float logit) {
-    const int row_of_pass = i / kTileRows;
-    const bool real = row_of_pass < launch.input.m;  // the others only take part in the shuffles
-    const int64_t row = launch.first + (real ? row_of_pass : 0);
+    const bool real = i / kTileRows < launch.input.m;  // the others only take part in the shuffles
+    const int64_t row = real ? i / kTileRows : 0;
     const int64_t token = int64_t(tile) * kTileRows + i % kTileRows;
     const bool exists = real && token < a.v;
     if (a.bias && exists) logit += widen(static_cast<const T*>(a.bias)[token]);

@@ -1,4 +1,5 @@
-// What small_linear and exit_head share: 16 rows of W times up to 64 rows of x ("tokens").
+// What small_linear and exit_head share: 16 rows of W times up to 64 rows of x ("tokens"), more of them in groups. Blocks of
+// the same tile for all groups are neighbours, so that W comes from memory once and from the L2 cache for the others.
 //
 // A block of 8 warps owns a tile of 16 rows. W is the 16-row operand of mma.m16n8k16 and the tokens its 8-column operand,
 // so one pass over W serves 8 tokens per mma, and more tokens are more mma on the fragments already in registers. Any
@@ -28,11 +29,11 @@ constexpr int kMaxTokens = 64;  // of one pass over W
 constexpr int kChunk = 32;      // elements that the four lanes of a row load at once
 constexpr int kDepth = 4;       // chunks in a step
 constexpr int kStep = kChunk * kDepth;
-constexpr int64_t kMostTiles = 1 << 30, kMostColumns = 1 << 30;  // of what an int counts
+constexpr int64_t kMostTiles = 1 << 30, kMostColumns = 1 << 30, kMostRows = 1 << 26;  // of what an int counts
 constexpr int kSumStride = kTileRows + 4;  // floats between tokens: no bank conflicts
 
 struct LinearInput {
-  const void* x;  // [m, c], m <= kMaxTokens
+  const void* x;  // [m, c]
   int64_t x_stride;
   int m, c;
   const void* norm_weight;  // [c] or null; m <= kFusedNormRows with it
@@ -76,6 +77,7 @@ __device__ __forceinline__ uint4 load_weights(const T* row, int k, int c) {
 template <class T, int kTiles, bool kWide>
 struct HalfProduct {
   static constexpr int kTokens = kTiles * kTileTokens;
+  static constexpr bool kGroups = kTokens == kMaxTokens;
   static constexpr int kSums = kLinearWarps;  // of each output, to be added in order
   static constexpr int kTogether = kTiles == 2 ? kDepth / 2 : kDepth;  // loads of x; registers are scarce at two tiles
 
@@ -166,7 +168,8 @@ struct HalfProduct {
 
 template <bool kWide>
 struct FloatProduct {
-  static constexpr int kTokens = kTileTokens;  // more are more passes, mostly over the L2 cache
+  static constexpr int kTokens = kTileTokens;
+  static constexpr bool kGroups = true;
   static constexpr int kSums = 1;
   static constexpr int kRows = kTileRows / kLinearWarps;
   static constexpr int kFloatStep = 2 * 32 * 4;
@@ -231,14 +234,24 @@ struct FloatProduct {
 template <class T, int kTiles, bool kWide>
 using Product = std::conditional_t<std::is_same_v<T, float>, FloatProduct<kWide>, HalfProduct<T, kTiles, kWide>>;
 
-// Goes over the tiles blockIdx.x, blockIdx.x + gridDim.x, ... : rows_of(tile) is the WeightTile, and finish(tile, i, sum)
-// is called by all threads with i = 16 token + row of the tile, sum only valid where token < m.
+// Goes over the block's tiles: rows_of(tile) is the WeightTile, and finish(tile, i, sum) is called by all threads with
+// i = 16 token + row of the tile, sum only valid where token < m.
 template <class P, class T, bool kWide, class RowsOf, class Finish>
-__device__ __forceinline__ void for_tiles(const LinearInput& a, int tiles, RowsOf rows_of, Finish finish) {
+__device__ __forceinline__ void for_tiles(const LinearInput& input, int tiles, RowsOf rows_of, Finish finish) {
+  LinearInput a = input;
+  int first_token = 0, stride = int(gridDim.x), tile = int(blockIdx.x);
+  if constexpr (P::kGroups) {
+    const int groups = (a.m + P::kTokens - 1) / P::kTokens;
+    first_token = tile % groups * P::kTokens;
+    a.x = static_cast<const T*>(a.x) + first_token * a.x_stride;
+    a.m = min(a.m - first_token, P::kTokens);
+    tile /= groups;
+    stride /= groups;
+  }
   __shared__ float shared[P::kSums * P::kTokens * kSumStride];
   __shared__ float scales[kFusedNormRows];
-  const int steps = P::steps(a.c), stride = int(gridDim.x);
-  int tile = int(blockIdx.x), ahead = tile, ahead_step = 0;
+  const int steps = P::steps(a.c);
+  int ahead = tile, ahead_step = 0;
   const auto load_ahead = [&](typename P::Step& step) {
     if (ahead < tiles) P::load(step, rows_of(ahead), ahead_step, a.c);
     if (++ahead_step == steps) ahead_step = 0, ahead += stride;
@@ -273,7 +286,7 @@ __device__ __forceinline__ void for_tiles(const LinearInput& a, int tiles, RowsO
 #pragma unroll
         for (int w = 1; w < P::kSums; ++w) sum += shared[w * (P::kTokens * kSumStride) + place];
       }
-      finish(tile, i, sum);
+      finish(tile, first_token * kTileRows + i, sum);
     }
     __syncthreads();
   }
@@ -297,15 +310,14 @@ cudaError_t for_product(DType dtype, int64_t m, bool wide, Call call) {
   });
 }
 
-// Tokens that one launch takes.
-inline int64_t tokens_per_pass(DType dtype) { return dtype == DType::f32 ? kTileTokens : kMaxTokens; }
-
-// Blocks of a launch: at most as many as are resident at once.
-inline cudaError_t linear_grid(int64_t tiles, int64_t m, dim3* grid) {
+// Blocks of a launch: at most as many as are resident at once, the same number for each group of tokens.
+inline cudaError_t linear_grid(int64_t tiles, int64_t m, DType dtype, dim3* grid) {
+  const int64_t tokens = dtype == DType::f32 ? kTileTokens : kMaxTokens;
+  const int64_t groups = divide_up(m, tokens), resident = m <= 16 || dtype == DType::f32 ? 2 : 1;
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  *grid = dim3(unsigned(std::min<int64_t>(tiles, int64_t(processors) * (m <= 16 ? 2 : 1))));
+  *grid = dim3(unsigned(groups * std::max<int64_t>(1, std::min(tiles, processors * resident / groups))));
   return error;
 }
 
