@@ -8,7 +8,7 @@
 #               helps is left off in all that follows
 #   tests       of the CUDA kernels, then of the Triton kernels
 #   decode      with the CUDA kernels, the 1B and the 8B shape at batch 1, the former also one launch after the other
-#   profile     of a round
+#   profile     of a round of the 1B shape, also one launch after the other
 #   benchmarks  of every op
 #   decode-more the demo model too, batches up to 64, the Triton kernels, transformers compiled
 #   sanitizer   compute-sanitizer over the CUDA kernels, where it is found
@@ -137,6 +137,13 @@ bench() {  # name, file, options …
         --benchmark-json="$work/$name.json" "$file" "$@"
 }
 
+profile() {
+    local name
+    name=profile$(without)
+    run "$name" limited "$PROFILE_SECONDS" "$PYTHON" benchmarks/profile_round.py --shape llama3.2-1b --device cuda \
+        --backend cuda --json "$work/$name.json"
+}
+
 decode() {  # backend, batch, shape, transformers' ways to compare with …
     local backend=$1 batch=$2 shape=$3 model=(--shape "$3")
     shift 3
@@ -185,8 +192,8 @@ for step in $steps; do
         bench bench_flex_attention benchmarks/bench_verify_attention.py -k flex  # compiles for each of its shapes
         ;;
     profile)
-        run profile limited "$PROFILE_SECONDS" "$PYTHON" benchmarks/profile_round.py --device cuda \
-            --backend cuda --json "$work/profile.json"
+        profile
+        LAYERSKIP_PDL=0 profile  # where a kernel's time has no waiting for the one in front in it
         ;;
     decode-more)
         for batch in 1 4 16 64; do

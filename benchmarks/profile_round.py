@@ -4,7 +4,9 @@
     python benchmarks/profile_round.py --shape llama3.2-1b --strategy autoregressive
 
 On a GPU the rounds are graph replays, and "busy" is the time from the first kernel's start to the last one's end in
-which at least one runs. The profiler itself slows the host down: read the shares, take speeds from decode_speed.py.
+which at least one runs. Where launches overlap, a kernel's time has its waiting for the one in front in it;
+LAYERSKIP_PDL=0 shows them one after the other. The profiler itself slows the host down: read the shares, take speeds
+from decode_speed.py.
 """
 
 import argparse
