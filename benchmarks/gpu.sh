@@ -112,7 +112,7 @@ export -f limited test_file
 first() {  # files …; then those of stdin, each once
     { printf '%s\n' "$@" && cat; } | awk '!seen[$0]++'
 }
-mapfile -t test_files < <(grep -lE '^BACKEND = |^def test_.*\b(backend|kernels)\b' tests/test_*.py |
+mapfile -t test_files < <(grep -lE '^(BACKEND|OP) = ' tests/test_*.py |
     first tests/test_{kernels_decode,decode_captured}.py `# decoding from end to end` \
         tests/test_{exit_head,verify_attention}.py)  # and what takes longest
 mapfile -t benchmark_files < <(grep -lw device benchmarks/bench_*.py |

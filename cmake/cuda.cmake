@@ -12,6 +12,7 @@ set(LAYERSKIP_CUDA_OPS
     kv_rollback
     rms_norm
     rope_append
+    round
     small_linear
     swiglu
     verify_attention

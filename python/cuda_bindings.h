@@ -12,3 +12,4 @@ inline cudaStream_t stream_of(Address stream) { return pointer<CUstream_st>(stre
 
 void bind_cache(py::module_& module);   // rope_append, kv_rollback, verify_attention
 void bind_tokens(py::module_& module);  // exit_head, verify_tokens, verify_rejection
+void bind_round(py::module_& module);   // embed, begin_round, end_round

@@ -76,6 +76,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("FUSED_NORM_ROWS") = lk::cuda::kFusedNormRows;
   bind_cache(module);
   bind_tokens(module);
+  bind_round(module);
 
   module.def("overlap_launches", &overlap_launches);
   module.def("device_report", &device_report);

@@ -21,7 +21,7 @@ GROUPS = {
     "products": ("small_linear", "exit_head", "exit_head_penalty"),
     "others": (
         *("rms_norm", "swiglu", "rope_append", "kv_rollback"),
-        *("verify_attention", "verify_tokens", "verify_rejection", "kernels_decode"),
+        *("verify_attention", "verify_tokens", "verify_rejection", "kernels_decode", "decode_glue"),
     ),
 }
 # float16 takes the same path as bfloat16 here, and these are the tests with the most launches.
@@ -58,7 +58,12 @@ def test_every_op_is_run():
     if library is not None:
         from layerskip_kernels.native.cuda import OPS
 
-        assert {op for ops in GROUPS.values() for op in ops} == {*OPS, "kernels_decode", "exit_head_penalty"}
+        assert {op for ops in GROUPS.values() for op in ops} == {
+            *OPS,
+            "kernels_decode",
+            "decode_glue",
+            "exit_head_penalty",
+        }
 
 
 def test_a_failed_launch_names_the_call(monkeypatch):

@@ -216,4 +216,49 @@ struct VerifyRejectionArgs {
 };
 cudaError_t verify_rejection(const VerifyRejectionArgs& args, cudaStream_t stream);
 
+// Of a round of decoding, see layerskip_kernels/decode/glue.py.
+struct EmbedArgs {
+  const int64_t* tokens;  // [n]
+  int64_t tokens_stride;
+  const void* table;  // [v, c]
+  int64_t table_stride;
+  void* out;  // [n, c]
+  int64_t out_stride;
+  int64_t n, c;
+  DType dtype;  // of table and out
+};
+cudaError_t embed(const EmbedArgs& args, cudaStream_t stream);
+
+constexpr int kMaxRepeated = 8;
+
+struct RepeatedField {
+  const void* from;  // [b]
+  void* to;          // [b, t]
+  int64_t itemsize;  // 4 or 8
+};
+
+struct BeginRoundArgs {
+  const int64_t* pending;    // [b]
+  const int32_t* lengths;    // [b]
+  const int32_t* remaining;  // [b]
+  int64_t* tokens;           // out [b, t], the first column
+  int32_t* positions;        // out [b, t]
+  int32_t* step_lengths;     // out [t, b]
+  int32_t* num_draft;        // out [b]
+  int64_t* next_positions;   // out [b, t] or null
+  RepeatedField repeated[kMaxRepeated];
+  int num_repeated;
+  int64_t b, t;
+};
+cudaError_t begin_round(const BeginRoundArgs& args, cudaStream_t stream);
+
+struct EndRoundArgs {
+  const int64_t* emitted;      // [b, t]
+  const int32_t* num_emitted;  // [b]
+  int32_t* remaining;          // [b]
+  int64_t* pending;            // out [b]
+  int64_t b, t;
+};
+cudaError_t end_round(const EndRoundArgs& args, cudaStream_t stream);
+
 }  // namespace lk::cuda

@@ -92,7 +92,7 @@ class Round:
         if self.sampled:
             fields = {name: getattr(batch, name)[:rows] for name in _PER_REQUEST}
             repeated = {name: matrix(f"repeated_{name}", t.dtype) for name, t in fields.items()}
-            self.repeated = [(fields[name][:, None].expand(rows, window), t) for name, t in repeated.items()]
+            self.repeated = [(fields[name], t) for name, t in repeated.items()]
             self.next_positions = matrix("next_positions", torch.int64)
             self.draft_sampling = Sampling(position=vector("draft_position", torch.int64), **fields)
             self.verify_sampling = Sampling(

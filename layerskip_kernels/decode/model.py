@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,8 @@ from layerskip_kernels.models.rope import Rope
 from layerskip_kernels.models.weights import ModelWeights
 from layerskip_kernels.ops import DecoderLayers, ExitHead, QuantizedWeight, RepetitionPenalty, Sampling, Screen
 from layerskip_kernels.reference.decoder_stack import compose
+
+GLUE = {"cuda": "layerskip_kernels.native.cuda.glue"}  # backend -> what it has in place of `decode.glue`
 
 
 class Model:
@@ -34,13 +37,14 @@ class Model:
         self.draft_layers = draft_layers
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.rope = Rope(config.rope, self.device)
+        self.glue = import_module(GLUE.get(ops.backends["small_linear"], "layerskip_kernels.decode.glue"))
         linear = torch_linear(ops) if torch_is_faster(ops, self.device, self.dtype) else ops.small_linear
         self._prefill_ops = SimpleNamespace(**{**vars(ops), "small_linear": linear})
         self._ranges: dict[tuple[int, int, bool], DecoderLayers] = {}
 
     def embed(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
         """tokens [N] int64 -> out [N, C]."""
-        torch.index_select(self.weights.embedding, 0, tokens, out=out)
+        self.glue.embed(self.weights.embedding, tokens, out)
 
     def run_layers(
         self, first: int, last: int, hidden: torch.Tensor, cache: KVCache, *, drafts=False, prefill=False, **where

@@ -72,16 +72,9 @@ def plain_round(
 
 def begin(model: Model, r: Round) -> None:
     """The pending token opens the window; positions, and how many drafts each sequence has room for."""
-    r.step_tokens[0].copy_(r.pending)
-    torch.add(r.lengths[:, None], r.offsets, out=r.positions)
-    torch.add(r.offsets[:, None], r.lengths, out=r.step_lengths)
-    torch.sub(r.remaining, 1, out=r.num_draft).clamp_(0, r.drafts)
+    model.glue.begin_round(r)
     if model.rope.position_dependent:
         model.rope.rows(r.positions, out=r.inv_freq, index=r.rope_index)
-    if r.sampled:
-        torch.add(r.positions, 1, out=r.next_positions)
-        for per_request, repeated in r.repeated:
-            repeated.copy_(per_request)
     if r.repetition:
         r.repetition.begin(r.pending)
 
@@ -165,10 +158,7 @@ def accept(model: Model, r: Round, eos_ids: torch.Tensor, rejection: Rejection |
         rejection.accept(model, r, **ends)
     if r.repetition:
         r.repetition.end(r.verified.tokens)
-    r.remaining.sub_(r.verified.num_emitted)
-    # Of a sequence that had ended, which the host may not have seen yet, any token does.
-    torch.sub(r.verified.num_emitted, 1, out=r.last).clamp_(min=0)
-    torch.gather(r.verified.tokens, 1, r.last[:, None], out=r.pending[:, None]).clamp_(min=0)
+    model.glue.end_round(r)
 
 
 def roll_back(model: Model, cache: KVCache, r: Round) -> None:

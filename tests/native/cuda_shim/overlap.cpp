@@ -117,6 +117,19 @@ struct Round {
     rollback.dtype = dtype;
     check("kv_rollback", kv_rollback(rollback, nullptr) == cudaSuccess);
 
+    void *window = poisoned(M), *step_lengths = poisoned(M), *room = poisoned(B), *pending = poisoned(B);
+    const int32_t* grown = lengths.data();
+    int32_t* num_emitted = static_cast<int32_t*>(emitted);
+    check("end_round", end_round({static_cast<int64_t*>(tokens), num_emitted, remaining.data(), static_cast<int64_t*>(pending),
+                                  B, T}, nullptr) == cudaSuccess);
+    BeginRoundArgs next{static_cast<int64_t*>(pending), grown, remaining.data(), static_cast<int64_t*>(window),
+                        positions.data(), static_cast<int32_t*>(step_lengths), static_cast<int32_t*>(room), nullptr, {}, 1,
+                        B, T};
+    next.repeated[0] = {emitted, poisoned(M), 4};
+    check("begin_round", begin_round(next, nullptr) == cudaSuccess);
+    check("embed", embed({static_cast<int64_t*>(window), T, head.data(), C, poisoned(B * C), C, B, C, dtype}, nullptr) ==
+                       cudaSuccess);
+
     const float* probs = static_cast<float*>(logits);  // any numbers will do
     round.tokens = static_cast<int64_t*>(poisoned(B * T));
     check("verify_rejection", verify_rejection({round, probs, {T * V, V}, probs, {T * V, V}, uniforms.data(), {T * 2, 2}, V,

@@ -113,6 +113,14 @@ void run_tokens() {
   const VerifyRound round{draft.data(), drafts, num_draft.data(), 1, drafts, eos.data(), 1, remaining.data(), &finished,
                           tokens.data(), 3, &emitted, &accepted, &finished_out};
   check("verify_tokens", verify_tokens({round, target.data(), 3}, nullptr));
+  std::vector<int32_t> left{8}, numbers(9), counts{2};
+  std::vector<int64_t> window(3, 1), pending(1);
+  check("end_round", end_round({tokens.data(), counts.data(), left.data(), pending.data(), 1, 3}, nullptr));
+  check("begin_round", begin_round({pending.data(), counts.data(), left.data(), window.data(), numbers.data(),
+                                    numbers.data() + 3, numbers.data() + 6, nullptr, {}, 0, 1, 3}, nullptr));
+  const std::vector<float> table = filled<float>(60);
+  std::vector<float> embedded(15);
+  check("embed", embed({window.data(), 1, table.data(), 5, embedded.data(), 5, 3, 5, DType::f32}, nullptr));
   const std::vector<float> probs(3 * vocab, 1.0f / vocab), uniforms(6, 0.9f);
   const VerifyRejectionArgs args{round, probs.data(), {2 * vocab, vocab}, probs.data(), {3 * vocab, vocab},
                                  uniforms.data(), {6, 2}, vocab, true};
