@@ -7,9 +7,10 @@
 // neighbouring elements of a row: weights and x go from memory to registers in 16-byte loads, no shared memory, no shuffles.
 //
 // The order of a sum: warp w takes the steps w, w + 8, ... of kStep elements, in each the same two chains of mma, one of them
-// new and added to the other at the end; the block adds the warps' sums in rising order. That is a function of c and the dtype. The number of tokens, tiles, blocks, a list of
-// weights, alignment and a fused norm change none of it. float32 has no mma that keeps its digits: a warp there takes two
-// rows, a lane the vectors lane, lane + 32, ..., summed with FMA and over the lanes by shuffles.
+// new and added to the other at the end; the block adds the warps' sums in rising order. That is a function of c and the
+// dtype. The number of tokens, tiles, blocks, a list of weights, alignment and a fused norm change none of it. float32 has no
+// mma that keeps its digits: a warp there takes two rows, a lane the vectors lane, lane + 32, ..., summed with FMA and over
+// the lanes by shuffles.
 //
 // Little's law on an H100: 3.35 TB/s x 0.8 us = 2.7 MB under way, 20 KB per multiprocessor. Here each warp has two steps
 // (of kDepth x 1 KB) under way when it waits for the first, across tile boundaries too: 8 warps x 8 KB = 64 KB per block. The
