@@ -183,7 +183,7 @@ for step in $steps; do
     decode)
         decode cuda 1 llama3.2-1b transformers
         decode cuda 1 llama3-8b transformers
-        LAYERSKIP_PDL=0 decode cuda 1 llama3.2-1b  # what it brings that launches overlap
+        [ -n "$(without)" ] || LAYERSKIP_PDL=0 decode cuda 1 llama3.2-1b  # what it brings that launches overlap
         ;;
     benchmarks)
         for file in "${benchmark_files[@]}"; do
@@ -193,7 +193,7 @@ for step in $steps; do
         ;;
     profile)
         profile
-        LAYERSKIP_PDL=0 profile  # where a kernel's time has no waiting for the one in front in it
+        [ -n "$(without)" ] || LAYERSKIP_PDL=0 profile  # where a kernel's time has no waiting for the one in front in it
         ;;
     decode-more)
         for batch in 1 4 16 64; do

@@ -61,12 +61,13 @@ def test_list_of_weights(backend, dtype, norm):
         out.assert_surroundings_unchanged()
 
 
+@pytest.mark.parametrize("rows", [6, 20])
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
-def test_residual_rounds_after_the_linear_and_after_the_sum(backend, dtype):
+def test_residual_rounds_after_the_linear_and_after_the_sum(backend, dtype, rows):
     """residual + linear, the sum of two rounded values, is what the separate operations give."""
     inputs = Inputs(backend.device, dtype)
-    x, w, b = inputs.randn(6, 83), inputs.weight(41, 83), inputs.randn(41)
-    residual = strided(inputs.randn(6, 41))
+    x, w, b = inputs.randn(rows, 83), inputs.weight(41, 83), inputs.randn(41)
+    residual = strided(inputs.randn(rows, 41))
     expected = residual + small_linear(x, w, bias=b)
     stream = Guarded.of(residual)
     fresh = small_linear(x, w, bias=b, residual=residual)

@@ -287,7 +287,8 @@ __device__ __forceinline__ void for_tiles(const LinearInput& input, int tiles, R
 #pragma unroll
         for (int w = 1; w < P::kSums; ++w) sum += shared[w * (P::kTokens * kSumStride) + place];
       }
-      finish(tile, first_token * kTileRows + i, sum);
+      // Threads behind the group's tokens take part in shuffles alone: the next tokens are another block's.
+      finish(tile, (i < a.m * kTileRows ? first_token : input.m) * kTileRows + i, sum);
     }
     __syncthreads();
   }
