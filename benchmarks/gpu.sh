@@ -84,7 +84,7 @@ run() {  # name, command …
     kill -KILL -- "-$job" 2>/dev/null  # what a killed one has left behind
     job=
     [ $status = 0 ] || failed+=("$name")
-    tail -n 20 "$work/$name.log" | tee -a "$summary"
+    tail -n 40 "$work/$name.log" | tee -a "$summary"
     echo "$name: exit code $status after $((SECONDS - started)) s" | tee -a "$summary"
     save
     return $status
