@@ -43,7 +43,8 @@ class CudaDevice:
             ):
                 body()
         except BaseException:
-            torch.cuda.set_stream(before)  # where ending the capture fails, torch stays on the capture's
+            with torch.cuda.device(self.device):  # which set_stream would make the current one for good
+                torch.cuda.set_stream(before)  # where ending the capture fails, torch stays on the capture's
             raise
         self._pool = graph.pool()
         return graph.replay

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from layerskip_kernels.decode.batch import Request
+from layerskip_kernels.decode.prefill import sampling_for
 from layerskip_kernels.integrations.transformers_inputs import Inputs
 from layerskip_kernels.ops import Sampling
 from layerskip_kernels.reference.exit_head import process
@@ -47,14 +48,8 @@ def _scores(request: Request, logits: torch.Tensor | None) -> torch.Tensor:
         return request.controls.scores_of(request)
     if request.sampling is None:
         return logits
-    dtypes = dict(
-        temperature=torch.float32, seed=torch.int64, top_k=torch.int64, top_p=torch.float32, min_p=torch.float32
-    )
-    fields = {
-        name: torch.full((len(logits),), getattr(request.sampling, name), dtype=dtype, device=logits.device)
-        for name, dtype in dtypes.items()
-    }
-    return process(logits, Sampling(position=fields["seed"], **fields))
+    one = sampling_for(request, logits.device)  # filters and temperature alone matter here
+    return process(logits, Sampling(*(field.expand(len(logits)) for field in one)))
 
 
 def _per_step(rows: list[torch.Tensor], new: int, device: torch.device) -> tuple[torch.Tensor, ...]:
