@@ -1,6 +1,6 @@
 """What nvcc made of the kernels, read from the built library: registers, spills, matrix instructions, wide loads.
 
-Collected only where the library is built. cuobjdump comes with Triton.
+Collected only where the library is built.
 """
 
 from __future__ import annotations
@@ -10,23 +10,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import triton
+from cuda_library import cuobjdump
 
 from layerskip_kernels import native
 from layerskip_kernels.registry import OP_NAMES
-
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-(LIBRARY,) = Path(native.__file__).parent.glob("_cuda*.so")
-
-
-def cuobjdump(*options: str) -> str:
-    environment = os.environ | {"PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"}
-    result = subprocess.run([TOOLS / "cuobjdump", *options, LIBRARY], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @functools.cache

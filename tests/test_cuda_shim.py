@@ -5,27 +5,13 @@ The shim takes the place of the CUDA library when a process starts, so the tests
 
 import contextlib
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from cuda_shim import VARIABLE, build, run
+from cuda_shim import GROUPS, build, pass_tests, run
 
 from layerskip_kernels.native import cuda_library
 from layerskip_kernels.native.cuda import launch
-
-TESTS = Path(__file__).parent
-GROUPS = {
-    "products": ("small_linear", "exit_head", "exit_head_penalty"),
-    "others": (
-        *("rms_norm", "swiglu", "rope_append", "kv_rollback"),
-        *("verify_attention", "verify_tokens", "verify_rejection", "kernels_decode", "decode_glue"),
-    ),
-}
-# float16 takes the same path as bfloat16 here, and these are the tests with the most launches.
-LEFT_OUT = "not (test_a_row_depends_on_itself_alone and float16)"
 
 
 @pytest.fixture(scope="session")
@@ -33,24 +19,9 @@ def folder():
     return build("_cuda")
 
 
-@pytest.fixture(scope="session")
-def shim(folder):
-    (path,) = folder.glob("_cuda*.so")
-    return str(path)
-
-
 @pytest.mark.parametrize("group", GROUPS)
-def test_passes_its_tests(shim, group):
-    files = [f"tests/test_{op}.py" for op in GROUPS[group]]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--backend", "cuda", "-k", LEFT_OUT, *files],
-        cwd=TESTS.parent,
-        env={**os.environ, VARIABLE: shim},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout and " skipped" not in result.stdout
+def test_passes_its_tests(folder, group):
+    pass_tests(folder, group)
 
 
 def test_every_op_is_run():

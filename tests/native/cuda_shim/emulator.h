@@ -88,8 +88,16 @@ struct State {
   const std::function<void()>* kernel = nullptr;
   uint64_t idle = 0;  // switches since a barrier was last passed
   int live = 0;
+  bool backwards = false;  // the order of a block's threads
 };
 inline State state;
+inline uint64_t blocks_run = 0;
+
+inline bool by_chance() {
+  static uint32_t chance = 1;
+  chance = chance * 1664525u + 1013904223u;
+  return chance >> 31;
+}
 
 #ifdef LK_SHIM_THREADS
 
@@ -141,10 +149,13 @@ inline void switch_to(Thread& next) {
 }
 #endif
 
+// Forwards or backwards, by chance: what is right in one order only lacks a barrier.
 inline Thread& next_live(int begin, int end) {
   int i = current->number;
-  do i = i + 1 == end ? begin : i + 1;
-  while (state.threads[i].done);
+  do {
+    if (state.backwards) i = i == begin ? end - 1 : i - 1;
+    else i = i + 1 == end ? begin : i + 1;
+  } while (state.threads[i].done);
   return state.threads[i];
 }
 
@@ -210,7 +221,8 @@ inline void run_block() {
 #endif
   }
   state.idle = 0;
-  current = &state.threads[0];
+  state.backwards = by_chance();
+  current = &(state.backwards ? state.threads.back() : state.threads.front());
 #ifdef __x86_64__
   lk_shim_switch(&main_context, current->context);
 #else
@@ -281,15 +293,14 @@ inline void run(const Launch& launch) {
   state.kernel = &launch.kernel;
   prepare(launch.block, launch.shared_bytes);
   // Forwards or backwards, by chance: no block may count on another, nor overwrite what is not its own.
-  static uint32_t chance = 1;
-  chance = chance * 1664525u + 1013904223u;
-  const bool backwards = chance >> 31;
+  const bool backwards = by_chance();
   const dim3 last(gridDim.x - 1, gridDim.y - 1, gridDim.z - 1);
   for (unsigned z = 0; z < gridDim.z; ++z)
     for (unsigned y = 0; y < gridDim.y; ++y)
       for (unsigned x = 0; x < gridDim.x; ++x) {
         blockIdx = backwards ? dim3(last.x - x, last.y - y, last.z - z) : dim3(x, y, z);
         std::memset(state.dynamic_shared.data(), 0xff, state.dynamic_shared.size());  // NaN
+        ++blocks_run;
         run_block();
       }
 }
