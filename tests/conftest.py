@@ -2,7 +2,7 @@
 
 `backend` goes over all of them, `kernels` over all but the reference; both are active (`use_backend`) during the test.
 `--backend NAME` keeps the tests of one backend: `TRITON_INTERPRET=1 pytest --backend triton` runs the Triton kernels on
-the CPU, in Triton's interpreter; `test_cuda_shim.py` runs the CUDA kernels there.
+the CPU, in Triton's interpreter; so do `test_triton_ptx.py`, as compiled, and `test_cuda_shim.py` for the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from typing import NamedTuple
 import cuda_shim
 import pytest
 import torch
+import triton_ptx
 
 SHIM = os.environ.get(cuda_shim.VARIABLE)
 if SHIM:
     cuda_shim.install(SHIM)
+TRITON_PTX = os.environ.get(triton_ptx.VARIABLE)
+if TRITON_PTX:
+    triton_ptx.install(int(TRITON_PTX))
 
 import layerskip_kernels as lk  # noqa: E402
 from layerskip_kernels import registry  # noqa: E402
@@ -34,6 +38,7 @@ class Backend(NamedTuple):
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_ON_CPU = INTERPRETED or TRITON_PTX
 
 if INTERPRETED:
     # Checking every integer operation for overflow takes two fifths of the tests' time. Wrapped addresses still show.
@@ -41,14 +46,14 @@ if INTERPRETED:
 
     interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
 
-# About Triton kernels alone, on a GPU or in the interpreter: `test_triton_interpreter.py` runs them in the latter.
+# About Triton kernels alone, on a GPU or on the CPU as above.
 TRITON_FILES = (
     "test_triton_attention.py",
     "test_triton_draw.py",
     "test_triton_library.py",
     "test_triton_philox.py",
 )
-collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else [*TRITON_FILES]
+collect_ignore = [] if TRITON_ON_CPU or torch.cuda.is_available() else [*TRITON_FILES]
 if cuda_library()[0] is None or SHIM:  # no nvcc here: there is no compiled kernel to look at
     collect_ignore += ["test_cuda_build.py", "test_cuda_ptx.py"]
 
@@ -61,7 +66,7 @@ def pytest_collection_modifyitems(config, items):
     only = config.getoption("--backend")
     if only is None:
         return
-    kept = [item for item in items if _backend_name(item) == only and not ((INTERPRETED or SHIM) and _is_long(item))]
+    kept = [item for item in items if _backend_name(item) == only and not ((TRITON_ON_CPU or SHIM) and _is_long(item))]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
@@ -81,7 +86,7 @@ def _is_long(item) -> bool:
 
 def backends_of(op: str) -> list[Backend]:
     """Backends that run `op` on this machine, each with the device its test inputs live on."""
-    cuda, triton = ("cpu" if emulated else "cuda" for emulated in (SHIM, INTERPRETED))
+    cuda, triton = ("cpu" if emulated else "cuda" for emulated in (SHIM, TRITON_ON_CPU))
     devices = {"reference": "cpu", "cpu": "cpu", "cuda": cuda, "triton": triton}
     found = [Backend(name, device) for name, device in devices.items() if device == "cpu" or torch.cuda.is_available()]
     return [b for b in found if registry.why_not(b.name, op, torch.device(b.device), torch.float32) is None]

@@ -206,8 +206,9 @@ class Translator:
         )
 
     def op_abs(self, rest, operands):
-        assert rest == ["f32"], rest
-        return self.call("std::fabs", "f32", operands)
+        assert rest[:-1] in ([], ["ftz"]), rest
+        (d, a), kind = operands, rest[-1]
+        return self.store(d, kind, f"std::fabs({self.flushed(a) if 'ftz' in rest else self.value(a, kind)})")
 
     def op_shl(self, rest, operands):
         return self.call("ptx::shl", rest[-1], operands, (rest[-1], "u32"))
