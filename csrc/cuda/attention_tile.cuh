@@ -75,6 +75,7 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 template <class T, int kMaxDim>
 struct HalfTile {
   static constexpr int kStride = kMaxDim + 8;  // of rows in shared memory: ldmatrix without bank conflicts
+  static constexpr int kSumStride = kMaxDim + 8;  // of rows of sums: four rows of a half warp's stores have banks of their own
   static constexpr int kRows = 2;              // of a lane
   static constexpr int kScratch = 0;           // floats of shared memory per warp
   float out[kMaxDim / 8][4];
@@ -151,7 +152,7 @@ struct HalfTile {
     }
   }
 
-  // sums: [kQueryRows][kMaxDim]; stats: [kQueryRows][2], maximum and total.
+  // sums: [kQueryRows][kSumStride]; stats: [kQueryRows][2], maximum and total.
   __device__ __forceinline__ void store(float* sums, float* stats, int d) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -165,7 +166,7 @@ struct HalfTile {
     for (int i = 0; i < kMaxDim / 8; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (i * 8 < d) sums[row_of(j / 2) * kMaxDim + i * 8 + lane % 4 * 2 + j % 2] = out[i][j];
+        if (i * 8 < d) sums[row_of(j / 2) * kSumStride + i * 8 + lane % 4 * 2 + j % 2] = out[i][j];
   }
 };
 
@@ -173,6 +174,7 @@ struct HalfTile {
 template <int kMaxDim>
 struct FloatTile {
   static constexpr int kStride = kMaxDim + 4;
+  static constexpr int kSumStride = kMaxDim + 1;
   static constexpr int kRows = 1;
   static constexpr int kScratch = kQueryRows * (kWarpKeys + 1);  // weights [row][key]
   static constexpr int kKeys = kWarpKeys / 2;
@@ -242,7 +244,7 @@ struct FloatTile {
     if (half == 0) stats[2 * row] = maximum[0], stats[2 * row + 1] = total[0];
 #pragma unroll
     for (int i = 0; i < kMaxDim / 2; ++i)
-      if (i < d / 2) sums[row * kMaxDim + half * (d / 2) + i] = out[i];
+      if (i < d / 2) sums[row * kSumStride + half * (d / 2) + i] = out[i];
   }
 };
 

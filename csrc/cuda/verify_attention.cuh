@@ -83,7 +83,7 @@ struct AttentionBlock {
     int bad[kRows];         // a sum is not finite
     union {
       T kv[kStages][2][kKv];
-      float sums[kRowTiles][kKeyGroups][kQueryRows][kMaxDim];
+      float sums[kRowTiles][kKeyGroups][kQueryRows][Tile::kSumStride];
     };
   };
 };
