@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from layerskip_kernels.triton import configs, launch
+from layerskip_kernels.triton.linear_tile import stride_unit
 
 SCRATCH_BYTES = 64 << 20  # of chunk results, unless one row of one sequence needs more
 NO_WINDOW = 1 << 30
@@ -93,10 +94,16 @@ def _tile(
     total = tl.fma(total, rescale, tl.sum(p, axis=1))
     acc = acc * rescale[:, None]
     if clean:
-        poison = tl.max(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), axis=1)
+        # 0 * v is 0, unless v is Inf or NaN. A product asks, not a comparison, and the rare tile that holds some is loaded
+        # again: only what is never anything but an operand lies in shared memory without bank conflicts.
+        asked = _dot(tl.zeros([16, BLOCK_N], v.dtype), v, tl.zeros([16, BLOCK_D], tl.float32))
+        clean = tl.max(tl.max(tl.where(asked == 0.0, 0, 1), axis=1), axis=0) > 0
+    if clean:
+        again = tl.load(v_ptr + origin * v_stride + (offset * v_stride + column[None, :]), mask=loaded, other=0.0)
+        poison = tl.max(tl.where(tl.abs(again.to(tl.float32)) < float("inf"), 0, 1), axis=1)
         poisoned = tl.max(tl.where(visible, poison[None, :], 0), axis=1)
         total = tl.where(poisoned > 0, float("nan"), total)
-        v_clean = tl.where((poison > 0)[:, None], 0.0, v).to(v.dtype)
+        v_clean = tl.where((poison > 0)[:, None], 0.0, again).to(v.dtype)
         acc = _dot(p.to(v.dtype), v_clean, acc)
     else:
         acc = _dot(p.to(v.dtype), v, acc)
@@ -117,9 +124,9 @@ def verify_attention_split_kernel(
     q_stride_b, q_stride_t, q_stride_h, k_stride_slot, k_stride_g, k_stride_s, v_stride_slot, v_stride_g, v_stride_s,
     tree_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_CHUNK: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
-    VECTOR: tl.constexpr,
+    VECTOR: tl.constexpr, Q_VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Window rows [first_row, first_row + rows) of the sequences from first_batch on; K/V strides in VECTORs."""
+    """Window rows [first_row, first_row + rows) of the sequences from first_batch on; strides in units of (Q_)VECTOR."""
     program, local_b = tl.program_id(0), tl.program_id(2)
     g, block = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS
     b = local_b + first_batch
@@ -157,8 +164,8 @@ def verify_attention_split_kernel(
     column = tl.arange(0, BLOCK_D)
     q = tl.load(
         q_ptr
-        + b.to(tl.int64) * q_stride_b
-        + (t.to(tl.int64) * q_stride_t + head.to(tl.int64) * q_stride_h)[:, None]
+        + b.to(tl.int64) * q_stride_b * Q_VECTOR
+        + (t.to(tl.int64) * q_stride_t + head.to(tl.int64) * q_stride_h)[:, None] * Q_VECTOR
         + column[None, :],
         mask=real[:, None] & (column < D)[None, :],
         other=0.0,
@@ -283,9 +290,12 @@ def choose(heads: int, groups: int, dim: int, dtype: torch.dtype) -> dict[str, i
     )
 
 
-def split_constexprs(heads: int, groups: int, dim: int, vector: int, config: dict[str, int]) -> dict[str, int]:
+def split_constexprs(
+    heads: int, groups: int, dim: int, vector: int, q_vector: int, config: dict[str, int]
+) -> dict[str, int]:
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "MIN_CHUNK", "SLOTS")}
-    tile |= dict(BLOCK_D=max(16, triton.next_power_of_2(dim)), VECTOR=vector, STAGES=config["num_stages"])
+    tile |= dict(BLOCK_D=max(16, triton.next_power_of_2(dim)), VECTOR=vector, Q_VECTOR=q_vector)
+    tile["STAGES"] = config["num_stages"]
     return dict(KV_HEADS=groups, GROUP=heads // groups, D=dim, **tile)
 
 
@@ -314,12 +324,13 @@ def verify_attention(
     if out.numel() == 0:
         return out
     config = configs.tuned("verify_attention", q, choose(heads, groups, dim, q.dtype), D=dim, G=groups, H=heads)
-    vector = launch.WIDE_BYTES // q.element_size() if launch.aligned(k_cache, v_cache) else 1
-    split = split_constexprs(heads, groups, dim, vector, config)
+    vector, q_vector = stride_unit(k_cache, v_cache), stride_unit(q)
+    split = split_constexprs(heads, groups, dim, vector, q_vector, config)
     merge = merge_constexprs(heads, dim, tree_mask is not None, config)
     merge_grid = triton.cdiv(heads, merge["BLOCK_H"]), triton.cdiv(dim, merge["BLOCK_D"])
     slots_held = min(config["SLOTS"], triton.cdiv(capacity, config["MIN_CHUNK"]))
     slack = 0 if tree_mask is None else triton.cdiv(window, 64) * 64  # positions behind a row's own that it may see
+    q_strides = [stride // q_vector for stride in q.stride()[:3]]
     kv_strides = [stride // vector for cache in (k_cache, v_cache) for stride in cache.stride()[:3]]
     tree_stride = 0 if tree_mask is None else tree_mask.stride(0)
 
@@ -337,7 +348,7 @@ def verify_attention(
                 where = (first_batch, first_row, held_rows, window, slots_held, sliding_window or NO_WINDOW, slack)
                 verify_attention_split_kernel[(slots_held, groups * blocks, count)](
                     q, k_cache, v_cache, lengths, slot_ids, num_queries, tree_mask, scratch, stats, *where, scale,
-                    *q.stride()[:3], *kv_strides, tree_stride, **split, num_warps=config["num_warps"], **launch.EXACT,
+                    *q_strides, *kv_strides, tree_stride, **split, num_warps=config["num_warps"], **launch.EXACT,
                 )  # fmt: skip
                 verify_attention_merge_kernel[(held_rows * merge_grid[0], merge_grid[1], count)](
                     scratch, stats, out, lengths, num_queries, *where, *out.stride()[:3], **merge, **launch.EXACT

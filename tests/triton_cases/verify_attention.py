@@ -20,7 +20,8 @@ def case(part, kind, dim, heads, groups, *, tree=False, ragged=True, aligned=Tru
     absent = ({} if tree else dict(tree_ptr=None)) | ({} if ragged else dict(slot_ids_ptr=None, num_queries_ptr=None))
     if part == "split":
         fn, warps = verify_attention_split_kernel, config["num_warps"]
-        constexprs = split_constexprs(heads, groups, dim, 16 // DTYPES[kind].itemsize if aligned else 1, config)
+        vector = 16 // DTYPES[kind].itemsize if aligned else 1
+        constexprs = split_constexprs(heads, groups, dim, vector, vector, config)
     else:
         fn, warps, constexprs = verify_attention_merge_kernel, 4, merge_constexprs(heads, dim, tree, config)
     constexprs |= {name: None for name in absent if name in fn.arg_names}
@@ -37,7 +38,7 @@ def case(part, kind, dim, heads, groups, *, tree=False, ragged=True, aligned=Tru
         wide=aligned and part == "split",
         # Each element's offset is kept, and nine do not fit: read back once per chunk, not per tile. More warps would
         # make room, and another order of sums than aligned caches have.
-        stack=0 if aligned else 40,
+        stack=0 if aligned else 56,
     )
 
 
