@@ -86,14 +86,13 @@ class Translator:
         cpp = self.kernel.registers[register]
         return f"{variable(register)} = {value if cpp == CPP[kind] else f'ptx::as<{cpp}>({CPP[kind]}({value}))'};"
 
-    def address(self, operand: str, space: str, size: int) -> str:
-        inside = operand.strip("[]").replace(" ", "")
-        base, _, offset = inside.partition("+")
-        shared = space == "shared"
-        at = self.value(base, "u32" if shared else "u64") + (
-            f" + {'u' if shared else ''}int{32 if shared else 64}_t({offset})" if offset else ""
-        )
-        return f"own.at({at}, {size})" if shared else f"ptx::global({at}, {size})"
+    def address(self, operand: str, space: str, size: int, filled: str = "") -> str:
+        """A pointer to `size` bytes, of which `filled` are read."""
+        base, _, offset = operand.strip("[]").replace(" ", "").partition("+")
+        if space == "shared":
+            return f"own.at({self.value(base, 'u32')}{f' + uint32_t({offset})' if offset else ''}, {size})"
+        at = f"{self.value(base, 'u64')}{f' + int64_t({offset})' if offset else ''}"
+        return f"ptx::source({at}, {size}, {filled})" if filled else f"ptx::global({at}, {size})"
 
     def vector(self, operand: str) -> list[str]:
         return split(operand[1:-1]) if operand.startswith("{") else [operand]
@@ -109,10 +108,17 @@ class Translator:
 
     def infix(self, name: str, rest: list[str], operands: list[str]) -> str:
         kind = rest[-1]
-        if kind in HALVES:
-            assert (name, rest[0]) == ("add", "rn"), (name, rest)
+        if kind == "f32x2":
+            assert rest == ["rn", "f32x2"], rest
+            return self.both(f"a {INFIX[name]} b", operands)
+        if kind in HALVES and rest[:-1] == ["rn"]:
+            assert name == "add", name
             one, bits = kind.removesuffix("x2"), "u32" if kind.endswith("x2") else "u16"
             return self.call(f"ptx::add_halves<lk::{one}>", bits, operands)
+        if kind in HALVES:
+            assert (name, rest[:-1]) == ("add", ["rn", "f32"]), (name, rest)
+            d, a, c = operands
+            return self.store(d, "f32", f"{self.half(a, kind)} + {self.value(c, 'f32')}")
         assert set(rest[:-1]) <= {"rn", "lo", "wide", "full"} or (name, rest) == ("add", ["rz", "f32"]), (name, rest)
         d, a, b = operands
         if "rz" in rest:
@@ -165,7 +171,7 @@ class Translator:
         (a,) = sources
         if source in HALVES:
             assert not how and to == "f32", rest
-            return self.store(d, "f32", f"lk::to_float(lk::{source}{{{self.value(a, 'u16')}}})")
+            return self.store(d, "f32", self.half(a, source))
         value = self.value(a, source)
         if how == ["sat"]:
             assert to == source == "f32", rest
@@ -217,12 +223,18 @@ class Translator:
         return self.call("ptx::shr", rest[-1], operands, (rest[-1], "u32"))
 
     def op_min(self, rest, operands):
-        kind = rest[-1]
-        return self.call("std::fmin" if kind[0] == "f" else "min", kind, operands)
+        return self.extreme("min", rest, operands)
 
     def op_max(self, rest, operands):
-        kind = rest[-1]
-        return self.call("std::fmax" if kind[0] == "f" else "max", kind, operands)
+        return self.extreme("max", rest, operands)
+
+    def extreme(self, name: str, rest: list[str], operands: list[str]) -> str:
+        kind, (d, first, *others) = rest[-1], operands
+        assert len(rest) == 1, rest
+        value = self.value(first, kind)
+        for other in others:
+            value = f"{f'std::f{name}' if kind[0] == 'f' else name}({value}, {self.value(other, kind)})"
+        return self.store(d, kind, value)
 
     def op_mad(self, rest, operands):
         kind, (d, a, b, c) = rest[-1], operands
@@ -234,8 +246,27 @@ class Translator:
     def wide(self, kind: str) -> str:
         return f"{kind[0]}{2 * int(kind[1:])}"
 
+    def half(self, operand: str, kind: str) -> str:
+        return f"lk::to_float(lk::{kind}{{{self.value(operand, 'u16')}}})"
+
+    def both(self, expression: str, operands: list[str]) -> str:
+        """An expression of a, b, … on the two floats of each 64-bit register."""
+        d, *sources = operands
+        parameters = ", ".join(f"float {name}" for name in "abc"[: len(sources)])
+        values = ", ".join(self.value(source, "u64") for source in sources)
+        return self.store(d, "u64", f"ptx::both([]({parameters}) {{ return {expression}; }}, {values})")
+
     def op_fma(self, rest, operands):
         how, kind = rest[:-1], rest[-1]
+        if kind == "f32x2":
+            return self.both("std::fma(a, b, c)", operands)
+        if kind in HALVES:
+            d, a, b, c = operands
+            product = f"{self.half(a, kind)}, {self.half(b, kind)}"
+            if how == ["rn", "f32"]:
+                return self.store(d, "f32", f"std::fma({product}, {self.value(c, 'f32')})")
+            assert how == ["rn"], rest
+            return self.store(d, "u16", f"lk::from_float<lk::{kind}>(std::fma({product}, {self.half(c, kind)})).bits")
         if how == ["rn", "ftz"]:
             d, *sources = operands
             return self.store(d, kind, f"ptx::flush(std::fma({', '.join(self.flushed(s) for s in sources)}))")
@@ -328,8 +359,8 @@ class Translator:
             return f"lk::cuda::copy_async_wait<{operands[0]}>();"
         assert rest[1] in ("ca", "cg") and rest[2:4] == ["shared", "global"], rest
         to, source, size = operands[0], operands[1], int(operands[2], 0)
-        to, source = self.address(to, "shared", size), self.address(source, "global", size)
         filled = self.value(operands[3] if len(operands) > 3 else operands[2], "u32")
+        to, source = self.address(to, "shared", size), self.address(source, "global", size, filled)
         return f"shim::current->copies.push_back({{{to}, {source}, {size}, int({filled})}});"
 
     def op_shfl(self, rest, operands):

@@ -9,7 +9,7 @@ import re
 import pytest
 from cuda_library import cuobjdump
 from cuda_shim import ROOT, build, environment, run
-from op_tests import GROUPS, pass_tests
+from op_tests import GROUPS, pass_tests, use_memory_well
 from ptx_to_cpp import translate
 
 
@@ -42,3 +42,8 @@ def test_passes_its_tests(folder, group):
 def test_overlapping_launches_read_nothing_too_early(folder):
     output = run(str(folder / "overlap"))
     assert "verify_rejection: passed" in output and output.endswith("0 failures\n"), output
+
+
+def test_memory_is_used_well(folder):
+    partial_results = {"global": 5.1}  # of 24 bytes, which threads read field by field from the first-level cache
+    use_memory_well("cuda", *environment(folder).values(), {"choose_token": partial_results, "merge": {"global": 1.2}})

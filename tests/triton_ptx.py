@@ -26,6 +26,9 @@ FORMATS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f"
 FORMATS |= {"u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
 
 
+LOADED: dict[Path, ctypes.CDLL] = {}  # a library per kernel
+
+
 def install(arch: int) -> None:
     """Before the package is imported."""
     from triton.runtime import driver
@@ -100,7 +103,8 @@ def _compiled(cpp: str):
         run(COMPILER[0], f"-I{header}", *COMPILER[1:], "-shared", str(source), "-o", str(made))
         source.unlink()
         made.replace(library)
-    launch = ctypes.CDLL(str(library)).launch
+    LOADED[library] = loaded = ctypes.CDLL(str(library))
+    launch = loaded.launch
     launch.argtypes = [ctypes.c_char_p, *[ctypes.c_uint] * 4, ctypes.c_size_t]
     return launch
 
@@ -108,7 +112,10 @@ def _compiled(cpp: str):
 @functools.cache
 def _header() -> Path:
     """A folder with ptx.h precompiled, named after all that it is made of."""
-    files = [SHIM / name for name in ("ptx.h", "emulator.h", "cuda_runtime.h", "cuda/intrinsics.cuh", "switch.cpp")]
+    files = [
+        SHIM / name
+        for name in ("ptx.h", "memory_counts.h", "emulator.h", "cuda_runtime.h", "cuda/intrinsics.cuh", "switch.cpp")
+    ]
     content = b"".join(file.read_bytes() for file in files) + " ".join(COMPILER).encode()
     folder = FOLDER / hashlib.sha256(content).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)

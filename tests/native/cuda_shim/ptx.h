@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cuda/intrinsics.cuh"
+#include "memory_counts.h"
 
 namespace ptx {
 
@@ -38,7 +39,8 @@ struct Shared {
   unsigned char* own;
   uint32_t own_bytes;
 
-  void* at(uint32_t address, uint32_t bytes) const {
+  void* at(uint32_t address, uint32_t bytes, const char* kernel = __builtin_FUNCTION(), int line = __builtin_LINE()) const {
+    memory_counts::access(true, address, bytes, kernel, line);
     check(address % bytes == 0, "an access to shared memory is not aligned");
     const bool is_own = address >= kOwn;
     const uint32_t offset = is_own ? address - kOwn : address;
@@ -48,9 +50,16 @@ struct Shared {
   }
 };
 
-inline void* global(uint64_t address, uint32_t bytes) {
+// `filled`: how many of the bytes an asynchronous copy reads, the rest are zeros; none of which may be where nothing is.
+inline void* source(uint64_t address, uint32_t bytes, uint32_t filled, const char* kernel = __builtin_FUNCTION(),
+                    int line = __builtin_LINE()) {
   check(address % bytes == 0, "an access to global memory is not aligned");
+  memory_counts::access(false, address, filled, kernel, line);
   return reinterpret_cast<void*>(address);
+}
+inline void* global(uint64_t address, uint32_t bytes, const char* kernel = __builtin_FUNCTION(),
+                    int line = __builtin_LINE()) {
+  return source(address, bytes, bytes, kernel, line);
 }
 
 template <class T>
@@ -123,6 +132,12 @@ inline float add_rz(float a, float b) {
   volatile float result = x + y;
   std::fesetround(FE_TONEAREST);
   return result;
+}
+// On the two floats of every register.
+template <class Function, class... Registers>
+inline uint64_t both(Function function, Registers... registers) {
+  const float low = function(as<float>(uint32_t(registers))...), high = function(as<float>(uint32_t(registers >> 32))...);
+  return uint64_t(as<uint32_t>(high)) << 32 | as<uint32_t>(low);
 }
 // Of one or two elements T.
 template <class T, class Bits>
