@@ -121,10 +121,14 @@ def test_masks(backend, dtype, mask):
             assert (result[b, rows:] == 0).all()
 
 
-def test_what_a_row_must_not_see_never_matters(backend):
+@pytest.mark.parametrize("heads", (4, 12), ids=("few_rows", "many_rows"))
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
+def test_what_a_row_must_not_see_never_matters(backend, dtype, heads):
     """NaN and infinities in later window rows, siblings and behind the sliding window: 0 times NaN would show."""
-    inputs = Inputs(backend.device)
-    clean = case(inputs, window=4, lengths=(20,), sliding_window=6, tree_mask=tree(-1, 0, 0, 1).to(backend.device))
+    inputs = Inputs(backend.device, dtype)
+    clean = case(
+        inputs, window=4, heads=heads, lengths=(20,), sliding_window=6, tree_mask=tree(-1, 0, 0, 1).to(backend.device)
+    )
     expected = verify_attention(**clean)
     dirty = clone(clean)
     for cache in ("k_cache", "v_cache"):
@@ -133,6 +137,26 @@ def test_what_a_row_must_not_see_never_matters(backend):
     dirty["q"][:, 2] = float("nan")
     result = verify_attention(**dirty)
     assert_close(result[:, [0, 1, 3]], expected[:, [0, 1, 3]])
+
+
+@pytest.mark.parametrize("heads", (4, 12), ids=("few_rows", "many_rows"))  # of a KV head, times the window
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
+def test_what_a_row_sees_shows(backend, dtype, heads):
+    """One NaN in V, in the window itself and far before it: it reaches all rows that see it, and no other."""
+    inputs = Inputs(backend.device, dtype)
+    clean = case(inputs, window=4, heads=heads, lengths=(70, 70, 70), capacity=80)
+    expected = verify_attention(**clean)
+    for position, blind in ((72, 2), (3, 0)):  # storage 72 is window row 2
+        dirty = clone(clean)
+        dirty["v_cache"][:, :, position, 5] = float("nan")
+        result = verify_attention(**dirty)
+        assert result[:, blind:, :, 5].isnan().all()
+        if backend.name in (
+            "cuda",
+            "triton",
+        ):  # all columns, so that it doesn't matter with which others a tile is shared
+            assert result[:, blind:].isnan().all()
+        assert same_bits(result[:, :blind], expected[:, :blind])
 
 
 def test_scores_of_any_size(backend):
