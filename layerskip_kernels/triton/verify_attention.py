@@ -94,8 +94,8 @@ def _tile(
     total = tl.fma(total, rescale, tl.sum(p, axis=1))
     acc = acc * rescale[:, None]
     if clean:
-        # 0 * v is 0, unless v is Inf or NaN. A product asks, not a comparison, and the rare tile that holds some is loaded
-        # again: only what is never anything but an operand lies in shared memory without bank conflicts.
+        # 0 * v is 0, unless v is Inf or NaN. A product asks, not a comparison, and the rare tile that holds some is
+        # loaded again: only what is never anything but an operand lies in shared memory without bank conflicts.
         asked = _dot(tl.zeros([16, BLOCK_N], v.dtype), v, tl.zeros([16, BLOCK_D], tl.float32))
         clean = tl.max(tl.max(tl.where(asked == 0.0, 0, 1), axis=1), axis=0) > 0
     if clean:
@@ -126,7 +126,7 @@ def verify_attention_split_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_CHUNK: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
     VECTOR: tl.constexpr, Q_VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Window rows [first_row, first_row + rows) of the sequences from first_batch on; strides in units of (Q_)VECTOR."""
+    """Window rows [first_row, first_row + rows) of the sequences from first_batch on; strides in units of a VECTOR."""
     program, local_b = tl.program_id(0), tl.program_id(2)
     g, block = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS
     b = local_b + first_batch

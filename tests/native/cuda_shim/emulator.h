@@ -68,6 +68,7 @@ struct Thread {
   Warp* warp = nullptr;
   unsigned exchanges = 0;
   bool done = false;
+  bool at_barrier = false;  // of the block
   std::vector<AsyncCopy> copies;
   std::vector<size_t> groups;  // where each committed group of copies ends
 #ifndef LK_SHIM_THREADS
@@ -159,28 +160,39 @@ inline Thread& next_live(int begin, int end) {
   return state.threads[i];
 }
 
-inline void yield(int begin, int end) {
-  if (++state.idle > 4096 + 64u * uint64_t(end - begin) * state.threads.size())
+inline void yield_to(Thread& next) {
+  if (++state.idle > 4096 + 64u * state.threads.size() * state.threads.size())
     fail("a barrier is not reached by all threads");
-  Thread& next = next_live(begin, end);
   if (&next != current) switch_to(next);
 }
 
-inline void wait(Barrier& barrier, int begin, int end) {
+// `next()` names the thread that runs while this one waits.
+template <class Next>
+inline void wait(Barrier& barrier, Next next) {
   const uint64_t generation = barrier.generation;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
     state.idle = 0;
   } else {
-    while (barrier.generation == generation) yield(begin, end);
+    while (barrier.generation == generation) yield_to(next());
   }
 }
 inline void wait_warp() {
   const int begin = current->number / kWarp * kWarp;
-  wait(current->warp->barrier, begin, begin + kWarp);
+  wait(current->warp->barrier, [=]() -> Thread& { return next_live(begin, begin + kWarp); });
 }
-inline void wait_block() { wait(state.barrier, 0, int(state.threads.size())); }
+// A warp gets as far ahead as it can: all of its threads reach the barrier before those of other warps go on.
+inline void wait_block() {
+  const int begin = current->number / kWarp * kWarp, end = int(state.threads.size());
+  current->at_barrier = true;
+  wait(state.barrier, [=]() -> Thread& {
+    for (int i = begin; i < begin + kWarp; ++i)
+      if (Thread& mate = state.threads[i]; !mate.done && !mate.at_barrier) return mate;
+    return next_live(0, end);
+  });
+  current->at_barrier = false;
+}
 
 inline void fiber() {
   (*state.kernel)();
@@ -202,7 +214,7 @@ inline void fiber() {
 inline void run_block() {
   state.live = int(state.threads.size());
   for (Thread& thread : state.threads) {
-    thread.done = false;
+    thread.done = thread.at_barrier = false;
     if (!thread.stack) {
       void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       if (memory == MAP_FAILED) fail("no memory for stacks");
