@@ -20,12 +20,12 @@ from ptx_to_cpp import translate
 VARIABLE = "LAYERSKIP_TEST_TRITON_PTX"  # compute capability to compile for, 90 say
 SHIM = ROOT / "tests/native/cuda_shim"
 FOLDER = ROOT / "build/triton_ptx"
-COMPILER = (os.environ.get("CXX", "c++"), "-std=c++17", "-Og", "-march=native", "-ffp-contract=off", "-fwrapv", "-w")
-COMPILER = (*COMPILER, "-fPIC", "-fvisibility=hidden", f"-I{SHIM}", f"-I{ROOT}/csrc")
+COMPILER = (
+    *(os.environ.get("CXX", "c++"), "-std=c++17", "-Og", "-march=native", "-ffp-contract=off", "-fwrapv", "-w"),
+    *("-fPIC", "-fvisibility=hidden", f"-I{SHIM}", f"-I{ROOT}/csrc"),
+)
 FORMATS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f"}
 FORMATS |= {"u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
-
-
 LOADED: dict[Path, ctypes.CDLL] = {}  # a library per kernel
 
 

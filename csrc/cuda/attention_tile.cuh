@@ -74,10 +74,10 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 // A lane holds rows lane / 4 and lane / 4 + 8, as the mma's result lies.
 template <class T, int kMaxDim>
 struct HalfTile {
-  static constexpr int kStride = kMaxDim + 8;  // of rows in shared memory: ldmatrix without bank conflicts
-  static constexpr int kSumStride = kMaxDim + 8;  // of rows of sums: four rows of a half warp's stores have banks of their own
-  static constexpr int kRows = 2;              // of a lane
-  static constexpr int kScratch = 0;           // floats of shared memory per warp
+  static constexpr int kStride = kMaxDim + 8;     // of rows in shared memory: ldmatrix without bank conflicts
+  static constexpr int kSumStride = kMaxDim + 8;  // of rows of sums: the four that half a warp stores to, likewise
+  static constexpr int kRows = 2;                 // of a lane
+  static constexpr int kScratch = 0;              // floats of shared memory per warp
   float out[kMaxDim / 8][4];
   float maximum[kRows], total[kRows];  // total: this lane's part
 

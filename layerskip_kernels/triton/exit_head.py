@@ -25,8 +25,8 @@ from torch import Tensor
 
 from layerskip_kernels.ops.exit_head import ExitHead, RepetitionPenalty, Sampling
 from layerskip_kernels.triton.configs import tuned
-from layerskip_kernels.triton.launch import EXACT, INTERPRETED, check, guard, num_sms
-from layerskip_kernels.triton.linear_tile import ROWS, products, row_tiles, stride_unit, tile_config
+from layerskip_kernels.triton.launch import EXACT, INTERPRETED, check, guard, num_sms, stride_unit
+from layerskip_kernels.triton.linear_tile import ROWS, products, row_tiles, tile_config
 from layerskip_kernels.triton.philox import gumbel_noise
 from layerskip_kernels.triton.rms_norm import rms_norm
 

@@ -50,6 +50,15 @@ def aligned(*tensors: Tensor | None) -> bool:
     return True
 
 
+def stride_unit(*tensors: Tensor) -> int:
+    """Elements in 16 bytes when every row of the tensors starts at a multiple of that, else 1.
+
+    Kernels get strides divided by it: what they multiply them with tells the compiler that loads can be wide, without
+    a specialisation on the strides themselves.
+    """
+    return WIDE_BYTES // tensors[0].element_size() if aligned(*tensors) else 1
+
+
 def num_sms(tensor: Tensor) -> int:
     """Multiprocessors of the device of `tensor`. Decides how many blocks share the work, never the order of a sum."""
     return 4 if INTERPRETED else _num_sms(tensor.get_device())

@@ -24,15 +24,6 @@ def row_tiles(rows: int, unit: int) -> int:
     return 1 if rows <= ROWS or unit == 1 else 2 if rows <= 2 * ROWS else MAX_TILES
 
 
-def stride_unit(*tensors: torch.Tensor) -> int:
-    """Elements in 16 bytes when every row of the tensors starts at a multiple of that, else 1.
-
-    Kernels get strides divided by it: what they multiply them with tells the compiler that loads can be wide, without
-    a specialisation on the strides themselves.
-    """
-    return launch.WIDE_BYTES // tensors[0].element_size() if launch.aligned(*tensors) else 1
-
-
 @triton.jit
 def _product(acc, x_row, row, rows, k, w, C: tl.constexpr, BLOCK_K: tl.constexpr):
     inside = row[:, None] < rows
@@ -54,7 +45,7 @@ def products(
     """Rows first, first + 1, … of x times rows `column` of W: up to four [ROWS, BLOCK_N] float32.
 
     Rows of x beyond `rows` count as zeros; columns beyond `columns` repeat the last one: no load of W needs a mask.
-    The strides count units of UNIT elements: see `stride_unit`.
+    The strides count units of UNIT elements: see `launch.stride_unit`.
     """
     row = first + tl.arange(0, _ROWS).to(tl.int64)
     x_row = x_ptr + row[:, None] * stride_x * UNIT

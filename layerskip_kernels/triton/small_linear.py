@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from layerskip_kernels.triton.configs import tuned
-from layerskip_kernels.triton.launch import EXACT, cast, check, guard, num_sms
-from layerskip_kernels.triton.linear_tile import ROWS, products, row_tiles, stride_unit, tile_config
+from layerskip_kernels.triton.launch import EXACT, cast, check, guard, num_sms, stride_unit
+from layerskip_kernels.triton.linear_tile import ROWS, products, row_tiles, tile_config
 from layerskip_kernels.triton.rms_norm import rms_norm
 from layerskip_kernels.triton.swiglu import swiglu as gated
 

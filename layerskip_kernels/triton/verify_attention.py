@@ -29,7 +29,6 @@ import triton
 import triton.language as tl
 
 from layerskip_kernels.triton import configs, launch
-from layerskip_kernels.triton.linear_tile import stride_unit
 
 SCRATCH_BYTES = 64 << 20  # of chunk results, unless one row of one sequence needs more
 NO_WINDOW = 1 << 30
@@ -324,7 +323,7 @@ def verify_attention(
     if out.numel() == 0:
         return out
     config = configs.tuned("verify_attention", q, choose(heads, groups, dim, q.dtype), D=dim, G=groups, H=heads)
-    vector, q_vector = stride_unit(k_cache, v_cache), stride_unit(q)
+    vector, q_vector = launch.stride_unit(k_cache, v_cache), launch.stride_unit(q)
     split = split_constexprs(heads, groups, dim, vector, q_vector, config)
     merge = merge_constexprs(heads, dim, tree_mask is not None, config)
     merge_grid = triton.cdiv(heads, merge["BLOCK_H"]), triton.cdiv(dim, merge["BLOCK_D"])
