@@ -76,12 +76,16 @@ def row(benchmark, probe):
 
     def run(calls, bytes_moved: int, device: str = "cpu") -> None:
         before = probe(device)
-        if device == "cpu":
-            turn, calls_per_round = itertools.cycle(calls), 1
-            benchmark.pedantic(lambda: next(turn)(), rounds=max(10, 2 * len(calls)), warmup_rounds=len(calls))
-        else:
-            replay, calls_per_round = _graph(calls)
-            benchmark.pedantic(replay, rounds=30, warmup_rounds=3)
+        try:
+            if device == "cpu":
+                turn, calls_per_round = itertools.cycle(calls), 1
+                benchmark.pedantic(lambda: next(turn)(), rounds=max(10, 2 * len(calls)), warmup_rounds=len(calls))
+            else:
+                replay, calls_per_round = _graph(calls)
+                benchmark.pedantic(replay, rounds=30, warmup_rounds=3)
+        except KeyboardInterrupt:
+            benchmark.has_error = True  # or pytest-benchmark would fail to write the rows there are
+            raise
         bandwidth = statistics.mean((before, probe(device)))
         seconds = benchmark.stats.stats.median / calls_per_round
         rate = bytes_moved / seconds
