@@ -112,6 +112,17 @@ backend = pytest.fixture(_active, name="backend")
 kernels = pytest.fixture(_active, name="kernels")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """What is not marked gpu runs as on a machine without one, the processes that it starts too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("gpu"):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            for module in (torch.cuda, torch.accelerator):
+                patch.setattr(module, "is_available", lambda: False)
+        return (yield)
+
+
 @pytest.fixture(autouse=True)
 def _default_backend(monkeypatch):
     """What the shell exports must not decide which kernels are tested."""
