@@ -192,6 +192,13 @@ def test_output_dir_gets_every_answer(run, answers, tmp_path):
     assert content["settings"]["max_steps"] == 8
 
 
+def test_most_tokens_under_the_name_of_transformers(run):
+    result = run("--prompt", "one", "--max-new-tokens", 3)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.rstrip("\n") == run("--prompt", "one", "--max_steps", 3).stdout.rstrip("\n")
+    assert result.stdout != run("--prompt", "one").stdout
+
+
 def test_refuses_prompts_that_are_none(run, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")

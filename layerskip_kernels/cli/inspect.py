@@ -9,7 +9,7 @@ import click
 
 from layerskip_kernels.cli.errors import CliError, one_sentence
 from layerskip_kernels.cli.load import load_decoder
-from layerskip_kernels.cli.options import MetaCommand, model_options
+from layerskip_kernels.cli.options import MAX_STEPS, MetaCommand, model_options
 from layerskip_kernels.cli.output import OUTPUT_DIR, need, prepare, say_written, show, table, write_json, write_pictures
 from layerskip_kernels.cli.prompts import given_prompts
 
@@ -23,7 +23,7 @@ BAR = 24  # characters of the histogram's longest bar
     "--prompt_file", multiple=True, help='A text file is one text; each line {"prompt": ...} of a .jsonl file is one.'
 )
 @click.option(
-    "--max_steps",
+    *MAX_STEPS,
     type=click.IntRange(0),
     default=0,
     help="Continue each text by so many tokens, and look at those instead.",

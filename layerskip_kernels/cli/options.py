@@ -18,6 +18,7 @@ METHODS = ("standard", "block")
 QUANTIZATIONS = ("int8", "int4")
 DRAFT_LAYERS = DRAFT_HEADS = ("auto", "shared", "int8", "int4")
 HEAD_SCREENS = ("auto", "none", "int8")
+MAX_STEPS = ("--max_steps", "--max_new_tokens")  # Meta's name, and transformers'
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 
@@ -188,7 +189,7 @@ def token_options(command: Callable | None = None, *, max_steps: int = 512) -> C
         return partial(token_options, max_steps=max_steps)
     for option in reversed(
         [
-            click.option("--max_steps", type=click.IntRange(1), default=max_steps, help="Most new tokens per prompt."),
+            click.option(*MAX_STEPS, type=click.IntRange(1), default=max_steps, help="Most new tokens per prompt."),
             click.option("--sample", type=TrueFalse(), is_flag=False, flag_value="True", default="False"),
             click.option("--temperature", type=float, default=0.6),
             click.option("--top_k", type=int, default=0, help="0: all tokens."),
