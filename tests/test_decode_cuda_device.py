@@ -50,6 +50,8 @@ def two_devices(monkeypatch):
     for name in ("Stream", "current_stream", "CUDAGraph", "device", "graph", "Event"):
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(cuda, "set_stream", (cuda.current, stream)))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **more: empty(*size, **more))
     return cuda
 
 
@@ -65,11 +67,9 @@ def test_after_a_failed_capture_the_stream_is_the_one_before(two_devices):
     assert two_devices.current == "cuda:0"
 
 
-def test_results_are_fetched_to_the_cpu_whatever_the_default_device(two_devices, monkeypatch):
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **more: empty(*size, **more))
+def test_results_are_fetched_to_the_cpu_whatever_the_default_device(two_devices):
     with torch.device("meta"):
-        (copy,) = CudaDevice("cuda:0").fetch([torch.arange(3, device="cpu")])()
+        copy = CudaDevice("cuda:0").fetch(torch.arange(3, device="cpu"))()
     assert copy.tolist() == [0, 1, 2]
 
 
@@ -84,7 +84,7 @@ def test_a_device_that_is_not_the_current_one(two_devices, inference):
     assert two_devices.captures == [("cuda:1", "stream of cuda:1", pool, False) for pool in (None, "pool")]
     assert modes == [True, True]
     assert two_devices.current == "cuda:0"
-    device.fetch([])()
+    device.fetch(torch.arange(3))()
     assert two_devices.recorded == ["current stream of cuda:1"]
 
 

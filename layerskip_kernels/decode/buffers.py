@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import NamedTuple
 
 import torch
 
@@ -40,6 +41,30 @@ class Buffers:
         return self._flat[name][: rows * window * inner].view(rows, window, *rest)
 
 
+class Results(NamedTuple):
+    """What the host reads of a round: views of one piece of memory, so that from a GPU one copy brings all of it."""
+
+    memory: torch.Tensor  # uint8
+    tokens: torch.Tensor  # [B, T] int64
+    logprob: torch.Tensor  # [B, T] float32
+    num_draft: torch.Tensor  # [B] int32, as the next two
+    num_emitted: torch.Tensor
+    num_accepted: torch.Tensor
+
+    @classmethod
+    def of(cls, memory: torch.Tensor, rows: int, window: int) -> Results:
+        """`memory`, or a copy of it, may be longer than the results of so many rows are."""
+        sizes = [8 * rows * window, 4 * rows * window, 4 * rows * 3]
+        memory = memory[: sum(sizes)]
+        tokens, logprob, counts = memory.split(sizes)
+        return cls(
+            memory,
+            tokens.view(torch.int64).view(rows, window),
+            logprob.view(torch.float32).view(rows, window),
+            *counts.view(torch.int32).view(3, rows),
+        )
+
+
 class Round:
     """The tensors of one round: B rows, a window of T = K + 1 tokens each. All views, so a round allocates nothing."""
 
@@ -63,7 +88,8 @@ class Round:
         self.offsets = torch.arange(window, dtype=torch.int32, device=batch.lengths.device)
         self.positions = matrix("positions", torch.int32)
         self.step_lengths = buffers.view("step_lengths", torch.int32, window, rows)
-        self.num_draft = vector("num_draft", torch.int32)
+        self.results = Results.of(matrix("results", torch.uint8, 8 + 4 + 4 * 3).view(-1), rows, window)
+        self.num_draft = self.results.num_draft
         self.last = vector("last", torch.int64)
         self.exit_hidden = matrix("exit_hidden", buffers.model.dtype, config.hidden_size)
         self.exit_rows = self.exit_hidden.view(-1, config.hidden_size)
@@ -73,20 +99,16 @@ class Round:
             self.rope_index = matrix("rope_index", torch.int32)
 
         self.target = matrix("target", torch.int64)
-        self.target_logprob = matrix("target_logprob", torch.float32)
         scratch = matrix("target_confidence", torch.float32)
         self.logits = matrix("logits", torch.float32, config.vocab_size) if buffers.logits else None
-        self.verify_head = ExitHead(self.target.view(-1), self.target_logprob.view(-1), scratch.view(-1))
+        self.verify_head = ExitHead(self.target.view(-1), self.results.logprob.view(-1), scratch.view(-1))
         self.draft_head = ExitHead(
             vector("draft_token", torch.int64),
             vector("draft_logprob", torch.float32),
             vector("draft_confidence", torch.float32),
         )
         self.verified = Verified(
-            matrix("emitted", torch.int64),
-            vector("num_emitted", torch.int32),
-            vector("num_accepted", torch.int32),
-            self.finished,
+            self.results.tokens, self.results.num_emitted, self.results.num_accepted, self.finished
         )
         self.draft_sampling = self.verify_sampling = None
         if self.sampled:

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from layerskip_kernels.decode.adaptation import Adaptation
 from layerskip_kernels.decode.batch import Request
-from layerskip_kernels.decode.buffers import Round
+from layerskip_kernels.decode.buffers import Results, Round
 from layerskip_kernels.decode.controls import Controls
 from layerskip_kernels.decode.prefill import prefill, sampling_for
 from layerskip_kernels.decode.profile import ProfiledModel
@@ -131,7 +131,7 @@ class Generation:
 
     def _decode(self) -> None:
         """Rounds of the running sequences until one of them ends. On a GPU the next one starts before one is read."""
-        launched: deque[tuple[Round, Callable[[], Sequence[torch.Tensor]]]] = deque()
+        launched: deque[tuple[Round, Callable[[], torch.Tensor]]] = deque()
         ended = not len(self.batch)
         while launched or not ended:
             started = time.perf_counter()
@@ -143,7 +143,7 @@ class Generation:
         for request in self.batch.drop_finished():
             self._release(request)
 
-    def _launch(self) -> tuple[Round, Callable[[], Sequence[torch.Tensor]]]:
+    def _launch(self) -> tuple[Round, Callable[[], torch.Tensor]]:
         """Start a round; returns it with what waits for its results."""
         drafts = self.drafts
         if not self.graphs:  # whose rounds are all of one width
@@ -153,10 +153,10 @@ class Generation:
         r = self.buffers.round(drafts)
         if not self.graphs:
             r = self._run_round(r)
-            return r, lambda: _results(r)
+            return r, lambda: r.results.memory
         kind = self.speculative, self.exit_layer, self.last_layer, self.eos_ids.data_ptr(), len(self.batch)
         self.graphs.run(kind, lambda: self._run_round(r))
-        return r, self.graphs.device.fetch(_results(r))
+        return r, self.graphs.device.fetch(r.results.memory)
 
     def _run_round(self, r: Round) -> Round:
         control = self._control if self.controlled else None
@@ -166,9 +166,10 @@ class Generation:
         plain_round(self.round_model, self.cache, r, self.last_layer, self.eos_ids, control)
         return r
 
-    def _collect(self, r: Round, wait: Callable[[], Sequence[torch.Tensor]]) -> bool:
+    def _collect(self, r: Round, wait: Callable[[], torch.Tensor]) -> bool:
         """Hand a round's tokens to their requests; True when one of them ended."""
-        rows = zip(*(tensor.tolist() for tensor in wait()))
+        _, *results = Results.of(wait(), len(r.pending), r.window)
+        rows = zip(*(tensor.tolist() for tensor in results))
         for row, (request, (tokens, logprobs, num_draft, num_emitted, num_accepted)) in enumerate(
             zip(self.batch.requests, rows)
         ):
@@ -219,8 +220,3 @@ class Generation:
             self.streamer.put(torch.tensor(tokens))
             if request.finish_reason:
                 self.streamer.end()
-
-
-def _results(r: Round) -> Sequence[torch.Tensor]:
-    verified = r.verified
-    return verified.tokens, r.target_logprob, r.num_draft, verified.num_emitted, verified.num_accepted

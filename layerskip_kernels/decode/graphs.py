@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 
 import torch
 
@@ -49,18 +49,16 @@ class CudaDevice:
         self._pool = graph.pool()
         return graph.replay
 
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-        """Starts copies to pinned memory, behind what was launched; returns what waits for them and gives them."""
-        copies = [
-            torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
-            for t in tensors
-        ]
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Starts a copy to pinned memory, behind what was launched; returns what waits for it and gives it."""
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        copy.copy_(tensor, non_blocking=True)
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(self.device))
 
-        def wait() -> list[torch.Tensor]:
+        def wait() -> torch.Tensor:
             done.synchronize()
-            return copies
+            return copy
 
         return wait
 
