@@ -115,9 +115,8 @@ def test_the_best_rescored_match_the_reference(dtype, rows, width, vocab, bits):
             native(**args, logits_out=own)
             atol = 10 * tolerance(dtype, OP).atol
             assert (found.token == expected.token).double().mean() > 0.9
-            differ = (
-                logits - wanted
-            ).abs() > atol  # a token more or less of those looked at again, where two are alike
+            # a token more or less of those looked at again, where two are alike; a penalty makes rounding larger
+            differ = (logits - wanted).abs() > atol * wanted.abs().clamp(min=1)
             assert differ.sum() <= 2 * rows // 20 + 2
             looked_at = (logits == own).sum(1)
             assert (looked_at >= min(RESCORED, vocab)).all()

@@ -35,8 +35,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
         pytest.param("address,undefined", RUNNABLE, "OFF", id="address"),
         pytest.param("thread", RUNNABLE, "OFF", id="thread"),
         pytest.param("", "scalar", "OFF", id="scalar-only"),  # what a processor without AVX2 gets
-        # the AVX-512 kernels wherever the tests run, their instructions replaced by tests/native/avx512_emulated
-        *[pytest.param("", "scalar;avx512;avx512_bf16", "ON", id="avx512-emulated")] * X86,
+        # the kernels for AVX-512 and Arm wherever the tests run, their instructions replaced by tests/native/*_emulated
+        *[pytest.param("", "scalar;avx512;avx512_bf16;neon;neon_bf16", "ON", id="emulated")] * X86,
     ],
 )
 def test_every_op(tmp_path, sanitize, variants, emulate):
@@ -47,7 +47,7 @@ def test_every_op(tmp_path, sanitize, variants, emulate):
         cmake, "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DLAYERSKIP_DRIVER=ON",
         "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1",
         f"-DLAYERSKIP_SANITIZE={sanitize}", f"-DLAYERSKIP_CPU_VARIANTS={variants}",
-        f"-DLAYERSKIP_EMULATE_AVX512={emulate}",
+        f"-DLAYERSKIP_EMULATE={emulate}",
     )  # fmt: skip
     run(cmake, "--build", str(tmp_path), "--target", "layerskip_driver", "--parallel", str(os.cpu_count()))
     output = run(str(tmp_path / "layerskip_driver"), env={**os.environ, **OPTIONS})

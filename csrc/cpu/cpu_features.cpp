@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace lk {
@@ -25,18 +29,36 @@ uint64_t saved_state() {
   return uint64_t(high) << 32 | low;
 }
 
+#elif defined(__aarch64__) && defined(__linux__)
+bool has_dot_products() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool has_int8_matrices() { return getauxval(AT_HWCAP2) >> 13 & 1; }
+bool has_bf16() { return getauxval(AT_HWCAP2) >> 14 & 1; }
+#elif defined(__aarch64__) && defined(__APPLE__)
+bool system_says(const char* name) {
+  int value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value;
+}
+bool has_dot_products() { return system_says("hw.optional.arm.FEAT_DotProd"); }
+bool has_int8_matrices() { return system_says("hw.optional.arm.FEAT_I8MM"); }
+bool has_bf16() { return system_says("hw.optional.arm.FEAT_BF16"); }
+#elif defined(__aarch64__)
+bool has_dot_products() { return false; }
+bool has_int8_matrices() { return false; }
+bool has_bf16() { return false; }
+#endif
+
 struct Feature {
   const char* name;
   bool present;
 };
 
-std::string missing(std::initializer_list<Feature> features) {
+[[maybe_unused]] std::string missing(std::initializer_list<Feature> features) {
   std::string names;
   for (const Feature& feature : features)
     if (!feature.present) names += (names.empty() ? "" : ", ") + std::string(feature.name);
   return names.empty() ? "" : "the processor or its operating system lacks " + names;
 }
-#endif
 
 }  // namespace
 
@@ -52,6 +74,12 @@ std::vector<std::string> built_variants() {
 #if defined(LK_HAVE_AVX512_BF16)
       "avx512_bf16",
 #endif
+#if defined(LK_HAVE_NEON)
+      "neon",
+#endif
+#if defined(LK_HAVE_NEON_BF16)
+      "neon_bf16",
+#endif
   };
 }
 
@@ -64,8 +92,8 @@ std::string why_variant_unsupported(const std::string& variant) {
                           {"FMA", bool(one.c >> 12 & 1)},
                           {"F16C", bool(one.c >> 29 & 1)},
                           {"the saved YMM state", ymm}};
-#if defined(LK_EMULATED_AVX512)
-  if (variant == "avx512" || variant == "avx512_bf16") return missing({avx2[0], avx2[1], avx2[2], avx2[3]});
+#if defined(LK_EMULATED)
+  if (variant != "scalar") return missing({avx2[0], avx2[1], avx2[2], avx2[3]});
 #endif
   const Feature avx512[] = {{"AVX512F", bool(seven.b >> 16 & 1)},
                             {"AVX512DQ", bool(seven.b >> 17 & 1)},
@@ -78,6 +106,10 @@ std::string why_variant_unsupported(const std::string& variant) {
     return missing({avx2[0], avx2[1], avx2[2], avx2[3], avx512[0], avx512[1], avx512[2], avx512[3], avx512[4],
                     {"AVX512_BF16", !bf16 || bool(seven_one.a >> 5 & 1)},
                     {"AVX512_VNNI", !bf16 || bool(seven.c >> 11 & 1)}});
+#elif defined(__aarch64__)
+  if (variant == "neon") return "";
+  if (variant == "neon_bf16")
+    return missing({{"DotProd", has_dot_products()}, {"I8MM", has_int8_matrices()}, {"BF16", has_bf16()}});
 #endif
   return variant == "scalar" ? "" : "not built for this processor";
 }

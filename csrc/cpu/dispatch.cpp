@@ -19,6 +19,8 @@ struct Variant {
 #define LK_AVX2(op, Args) avx2::op,
 #define LK_AVX512(op, Args) avx512::op,
 #define LK_AVX512_BF16(op, Args) avx512_bf16::op,
+#define LK_NEON(op, Args) neon::op,
+#define LK_NEON_BF16(op, Args) neon_bf16::op,
 
 const Variant kVariants[] = {
     {"scalar", LK_CPU_OPS(LK_SCALAR)},
@@ -30,6 +32,12 @@ const Variant kVariants[] = {
 #endif
 #if defined(LK_HAVE_AVX512_BF16)
     {"avx512_bf16", LK_CPU_OPS(LK_AVX512_BF16)},
+#endif
+#if defined(LK_HAVE_NEON)
+    {"neon", LK_CPU_OPS(LK_NEON)},
+#endif
+#if defined(LK_HAVE_NEON_BF16)
+    {"neon_bf16", LK_CPU_OPS(LK_NEON_BF16)},
 #endif
 };
 

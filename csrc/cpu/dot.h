@@ -62,6 +62,24 @@ LK_INLINE vf load_second(const bf16* p, vf first) {
   return _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_castps_si256(first), load_raw(p), 0xaa));
 }
 LK_INLINE vf load_first(const bf16* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_raw(p), 16)); }
+#elif defined(LK_VARIANT_NEON)
+LK_INLINE vf low_as_float(uint16x8_t raw) {
+  return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(raw), 16));
+}
+LK_INLINE vf high_as_float(uint16x8_t raw) {
+  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(raw), vdupq_n_u32(0xffff0000)));
+}
+LK_INLINE uint16x8_t load_raw(const bf16* p) { return vld1q_u16(&p->bits); }
+LK_INLINE uint16x8_t load_raw(const bf16* p, int64_t n) {
+  uint16_t part[8] = {};
+  memcpy(part, p, size_t(n) * 2);
+  return vld1q_u16(part);
+}
+LK_INLINE Pair split(uint16x8_t raw) { return {low_as_float(raw), high_as_float(raw)}; }
+LK_INLINE Pair load_pair(const bf16* p) { return split(load_raw(p)); }
+LK_INLINE Pair load_pair(const bf16* p, int64_t n) { return split(load_raw(p, n)); }
+LK_INLINE vf load_first(const bf16* p) { return low_as_float(load_raw(p)); }
+LK_INLINE vf load_second(const bf16* p, vf) { return high_as_float(load_raw(p)); }
 #endif
 template <class T>
 LK_INLINE vf load_first(const T* p) { return load(p); }
@@ -121,6 +139,26 @@ struct Dot<bf16> {
   LK_MEMBER __m512i load_x(const X* x) { return _mm512_load_si512(x); }
   LK_MEMBER vf multiply_add(vf sums, __m512i w, __m512i x) {
     return _mm512_dpbf16_ps(sums, (__m512bh)w, (__m512bh)x);
+  }
+  LK_MEMBER vf add(vf sums, Chunk w, const X* x) { return multiply_add(sums, w, load_x(x)); }
+};
+#elif defined(LK_VARIANT_NEON_BF16)
+// So does BFDOT.
+template <>
+struct Dot<bf16> {
+  static constexpr int64_t kChunk = 2 * kWidth;
+  static constexpr int kParts = 1;
+  using X = bf16;
+  using Chunk = uint16x8_t;
+  using Vector = uint16x8_t;
+  LK_MEMBER Chunk load(const bf16* p) { return load_raw(p); }
+  LK_MEMBER Chunk load(const bf16* p, int64_t n) { return load_raw(p, n); }
+  LK_MEMBER void pack(X* x, Chunk chunk) { vst1q_u16(&x->bits, chunk); }
+  template <int>
+  LK_MEMBER Vector part(const bf16* p, Vector) { return load_raw(p); }
+  LK_MEMBER Vector load_x(const X* x) { return load_raw(x); }
+  LK_MEMBER vf multiply_add(vf sums, Vector w, Vector x) {
+    return vbfdotq_f32(sums, vreinterpretq_bf16_u16(w), vreinterpretq_bf16_u16(x));
   }
   LK_MEMBER vf add(vf sums, Chunk w, const X* x) { return multiply_add(sums, w, load_x(x)); }
 };

@@ -26,10 +26,10 @@ constexpr int rows_of_tile(int cols) {
 
 // The same for the only tile, of more than four x rows that don't stay in the first-level cache, packed as they were. Beside
 // memory it waits for the second-level cache, from which x comes, too: the more weight rows, the less often. There it pays to
-// have a few of the sums on the stack.
+// have a few of the sums on the stack. Measured with AVX-512.
 template <class T>
 constexpr int rows_of_wide_tile(int cols) {
-  if (kRegisters < 24 || !std::is_same_v<T, typename Dot<T>::X>) return rows_of_tile(cols);
+  if (kWidth < 16 || !std::is_same_v<T, typename Dot<T>::X>) return rows_of_tile(cols);
   return cols == 5 ? 6 : cols == 6 ? 5 : 4;
 }
 
@@ -57,11 +57,13 @@ struct Totals {
   int64_t stride;
 };
 
-// One tile over the kRows weight rows from w on. A request at every chunk, also where that is half a line: memory is what it
-// waits for, and asking once for the line was slower.
+// One tile over the kRows weight rows from w on. A request at every chunk of half a line and more: memory is what it waits
+// for, and asking once for the line was slower.
 template <class T, int kRows, int kCols, int kFetch>
 LK_INLINE void strip_of_tile(const Product<T>& p, const T* w, int64_t ahead, Totals out) {
-  dot_tile<T, kRows, kCols, 1, kFetch>(w, p.w_stride, p.x, p.x_stride, p.c, ahead, Dot<T>::kChunk, out.data, out.stride);
+  constexpr int64_t kChunk = Dot<T>::kChunk;
+  constexpr int kStep = 2 * kChunk * sizeof(T) < kLine ? int(kLine / (kChunk * sizeof(T))) : 1;  // chunks
+  dot_tile<T, kRows, kCols, kStep, kFetch>(w, p.w_stride, p.x, p.x_stride, p.c, ahead, kStep * kChunk, out.data, out.stride);
 }
 
 // `tiles` tiles over the same, of kCols x rows or one less. Each asks for its share of the memory that is next, slowly; or,

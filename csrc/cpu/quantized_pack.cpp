@@ -39,27 +39,17 @@ LK_INLINE float integers_of(const T* x, int64_t count, float largest, int32_t* q
 
 // A unit's integers to where it has them, and the sums of its lanes. By way of a copy without gaps: steps of many rows are
 // far apart, in few sets of the first-level cache.
-LK_INLINE void place(const int32_t* q, int64_t blocks, int16_t* words, int64_t x_step, int32_t* sums) {
+LK_INLINE void place_unit(const int32_t* q, int64_t blocks, int16_t* words, int64_t x_step, int32_t* sums) {
   alignas(64) int16_t steps[kLanes][kBlock];
   for (int64_t lane = 0; lane < kLanes; ++lane) {
-    for (int64_t step = 0; step < blocks; ++step, q += 4) {
-      constexpr uint64_t kLow = 0x0000ffff0000ffff;
-      uint64_t pairs[2];
-      memcpy(pairs, q, sizeof(pairs));
-      const uint64_t parts = (pairs[0] & kLow) | (pairs[1] & kLow) << 16;
-      const uint32_t low = uint32_t(parts), high = uint32_t(parts >> 32);
-      memcpy(steps[step] + lane * 2, &low, sizeof(low));
-      memcpy(steps[step] + lane * 2 + kBlock / 2, &high, sizeof(high));
-    }
+    for (int64_t step = 0; step < blocks; ++step, q += 4) place(q, lane, steps[step]);
   }
   for (int64_t step = 0; step < blocks; ++step) memcpy(words + step * x_step, steps[step], sizeof(steps[step]));
-  const Words ones = Words{} + 1;
   for (int half = 0; half < kHalves; ++half) {
-    Ints total{};
-    for (int64_t step = 0; step < blocks; ++step)
-      for (int part = 0; part < 2; ++part)
-        total = add_pairs(total, load_vector<Words>(steps[step] + part * kBlock / 2 + half * kWords), ones);
-    memcpy(sums + half * kWidth, &total, sizeof(total));
+    Sums all = start(Ints{});
+    for (int64_t step = 0; step < blocks; ++step) all = add_x(all, steps[step] + half * kWords);
+    const Ints lanes = total(all);
+    memcpy(sums + half * kWidth, &lanes, sizeof(lanes));
   }
 }
 
@@ -84,7 +74,7 @@ void QuantizedRows::pack(int64_t row, const T* x) {
     for (int64_t i = 0; i < unit.blocks; ++i) largest[i] = largest_of(from + i * kBlock, count - i * kBlock, &none);
     for (int64_t i = 0; i < unit.blocks; ++i)
       scales[i] = integers_of(from + i * kBlock, count - i * kBlock, largest[i], q + i * kBlock);
-    place(q, unit.blocks, words_of(first, row), m * kBlock, packed->sums);
+    place_unit(q, unit.blocks, words_of(first, row), m * kBlock, packed->sums);
     for (int64_t lane = 0; lane < kLanes; ++lane) packed->scales[lane] = scales[lane * unit.blocks / kLanes];
     first += unit.blocks;
   }

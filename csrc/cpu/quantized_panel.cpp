@@ -5,15 +5,18 @@
 namespace lk::LK_VARIANT {
 namespace {
 
+constexpr bool kWholeSteps = kHalves == 1;  // with AVX-512
+
 // Packed x that weight rows are multiplied with before the next columns are: it stays in the second-level cache, or with
 // tiles of fewer x rows, which read it faster, in the first.
-constexpr int64_t kPackedBytes = (kRegisters >= 24 ? 256 : 16) << 10;
+constexpr int64_t kPackedBytes = (kWholeSteps ? 256 : 16) << 10;
 constexpr int64_t kMostUnits = kPackedBytes / (kBlock * int64_t(sizeof(int16_t))) / kLanes + 5;  // of these columns
 
 // Weight rows of a register tile with `cols` x rows. More than four of 8 bits wait for memory longer than they save.
 template <int kBits>
 constexpr int rows_of(int cols) {
   if (kRegisters < 24) return cols < 3 ? 4 : 2;
+  if (!kWholeSteps) return kRegisters / kSumRegisters / cols < 4 ? kRegisters / kSumRegisters / cols : 4;
   if (cols > 6) return 3;
   return kBits == 4 && cols == 3 ? 8 : kBits == 4 && cols == 4 ? 6 : 4;
 }
@@ -21,7 +24,7 @@ constexpr int rows_of(int cols) {
 // As for weights in their dtype, measured again: arithmetic is waited for sooner.
 template <int kBits>
 constexpr int64_t most_cols(int64_t m) {
-  if (kRegisters < 24) return 4;
+  if (!kWholeSteps) return 4;
   return kBits == 8 ? 8 : m <= 6 || (m > 8 && m <= 12) ? 6 : 4;
 }
 
@@ -77,7 +80,7 @@ LK_INLINE int64_t scale_size(const Quantization& q) { return int64_t(size_of(DTy
 template <class T>
 LK_INLINE vf of_lanes(const T* first, const Columns& columns, int half) {
   const int64_t count = columns.scales[half];
-  return permute(kRegisters >= 24 || count < kWidth ? load(first, count) : load(first), columns.lanes[half]);
+  return permute(kWholeSteps || count < kWidth ? load(first, count) : load(first), columns.lanes[half]);
 }
 
 #if defined(LK_VARIANT_AVX512)
@@ -111,7 +114,7 @@ __attribute__((noinline)) void add_offsets(const Quantization& q, int64_t n, con
 template <int kBits, int kRows, int kCols>
 void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
   constexpr int64_t kBytes = Stored<kBits>::kBytes, kSteps = Stored<kBits>::kSteps;
-  constexpr int kEarlyCols = kRegisters < 24 ? 1 : kMaxCols, kAgainCols = kBits == 4 ? 0 : kRegisters < 24 ? 1 : 6;
+  constexpr int kEarlyCols = kWholeSteps ? kMaxCols : 1, kAgainCols = kBits == 4 ? 0 : kWholeSteps ? 6 : 1;
   const bool alone = s.x.m == kCols;  // otherwise the tiles of a strip ask for the same
   const bool early = kCols <= kEarlyCols && (alone || (kBits == 8 && kCols == 6));
   const int64_t x_step = s.x.m * kBlock, w_stride = s.w_stride;
@@ -122,10 +125,10 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
   const PackedLanes* lanes = s.x.lanes_of(s.first_unit, m);
   for (const Columns* columns = s.units; columns < s.units + s.num_units; ++columns, lanes += s.x.m) {
     for (int half = 0; half < kHalves; ++half) {
-      Ints dots[kRows][kCols];
+      Sums dots[kRows][kCols];
       LK_UNROLL for (int i = 0; i < kCols; ++i) {
-        const Ints start = kBits == 4 ? load_vector<Ints>(lanes[i].sums + half * kWidth) * -8 : Ints{};
-        LK_UNROLL for (int j = 0; j < kRows; ++j) dots[j][i] = start;
+        const Ints first = kBits == 4 ? load_vector<Ints>(lanes[i].sums + half * kWidth) * -8 : Ints{};
+        LK_UNROLL for (int j = 0; j < kRows; ++j) dots[j][i] = start(first);
       }
       const uint8_t* w = row + half * kWidth * 4;
       const int16_t* x = packed + half * kWords;
@@ -134,6 +137,7 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
         LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(fetch + j * w_stride + distance);
       };
       const auto ask_ahead = [&]() __attribute__((always_inline)) {
+        if (kHalves > 2 && half > 0) return;  // a line is asked for already
         if (early) ask(ahead.bytes);
         ask(0);
       };
@@ -141,7 +145,7 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
 #pragma GCC unroll 1
         for (int64_t i = columns->unit.blocks / kSteps; i > 0; --i) {
           ask_ahead();
-          if (kCols <= kAgainCols && alone) ask(-8 * kBytes);
+          if (kCols <= kAgainCols && alone && (kHalves <= 2 || half == 0)) ask(-8 * kBytes);
           add_steps<kBits>(dots, w, w_stride, x, x_step);
           w += kSteps * kBytes, x += kSteps * x_step, fetch += kSteps * kBytes;
         }
@@ -173,7 +177,7 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
         LK_UNROLL for (int j = 0; j < kRows; ++j, to += kHalves) {
           LK_UNROLL for (int i = 0; i < kCols; ++i) {
             vf& sum = to[i * kTileRows * kHalves];
-            sum = accumulate(before(sum), __builtin_convertvector(dots[j][i], vf), mul(w_scales[j], x_scales[i]));
+            sum = accumulate(before(sum), __builtin_convertvector(total(dots[j][i]), vf), mul(w_scales[j], x_scales[i]));
           }
         }
       };
@@ -197,6 +201,13 @@ void strip(const Span& s, int64_t n, Ahead ahead, vf* sums) {
     tile<kBits, kRows, kCols>(s, n, m, ahead, sums + m * kTileRows * kHalves);
   if constexpr (kCols > 1)
     for (; m < s.x.m; m += kCols - 1) tile<kBits, kRows, kCols - 1>(s, n, m, ahead, sums + m * kTileRows * kHalves);
+}
+
+// The sum of a step's vectors: halves onto each other, as in sum().
+template <int kFirst = 0, int kStep = 1>
+LK_INLINE vf fold(const vf* v) {
+  if constexpr (kStep == kHalves) return v[kFirst];
+  else return add(fold<kFirst, 2 * kStep>(v), fold<kFirst + kStep, 2 * kStep>(v));
 }
 
 // Weight rows [begin, end), at most kTileRows.
@@ -239,8 +250,8 @@ void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, T
   for (int64_t i = 0; i < x.m; ++i) {
     const vf* v = sums + i * kTileRows * kHalves;
     vf folded[kTileRows];
-    if constexpr (kHalves > 1) {
-      for (int64_t j = 0; j < count; ++j) folded[j] = add(v[j * kHalves], v[j * kHalves + 1]);
+    if constexpr (!kWholeSteps) {
+      for (int64_t j = 0; j < count; ++j) folded[j] = fold(v + j * kHalves);
       v = folded;
     }
     float* totals = out.data + i * out.stride;
@@ -259,12 +270,12 @@ void rows_of_width(const Matrix& w, const QuantizedRows& x, int64_t begin, int64
     case 3: return rows<kBits, 3>(w, x, begin, end, out);
     case 4: return rows<kBits, 4>(w, x, begin, end, out);
   }
-  if constexpr (kMaxCols > 4) {
+  if constexpr (kWholeSteps) {
     if (cols == 5) return rows<kBits, 5>(w, x, begin, end, out);
     if (cols == 6) return rows<kBits, 6>(w, x, begin, end, out);
     if constexpr (kBits == 8) {
       if (cols == 8) return rows<kBits, 8>(w, x, begin, end, out);
-      constexpr int kWide = kAddsPairsAtOnce ? 4 : rows_of<kBits>(7);  // as rows_of_wide_tile() has it
+      constexpr int kWide = kAddsAtOnce ? 4 : rows_of<kBits>(7);  // as rows_of_wide_tile() has it
       if (7 * x.c * int64_t(sizeof(int16_t)) > kStayingBytes) return rows<kBits, 7, kWide>(w, x, begin, end, out);
       return rows<kBits, 7>(w, x, begin, end, out);
     }

@@ -1,6 +1,6 @@
 // The few vector operations the kernels are written in: `vf`, a vector of kWidth floats, in the variant's namespace.
 //
-// fma() is fused on AVX2 and AVX-512 and a multiply and an add in the scalar variant. load(p, n) reads n elements and
+// fma() is fused, but in the scalar variant a multiply and an add. load(p, n) reads n elements and
 // fills the rest with zeros; store(p, v, n) writes n. Loads widen float, f16 and bf16 to float; stores round to nearest
 // even. sum() and max_of() have a fixed order: halves onto each other until one lane is left. sum4() writes four sum()s,
 // of vectors in registers or in memory.
@@ -21,6 +21,8 @@ constexpr int32_t kSqrtHalfBits = 0x3f3504f3;
 #include "cpu/simd_avx512.h"
 #elif defined(LK_VARIANT_AVX2)
 #include "cpu/simd_avx2.h"
+#elif defined(LK_VARIANT_NEON)
+#include "cpu/simd_neon.h"
 #else
 #include "cpu/simd_scalar.h"
 #endif

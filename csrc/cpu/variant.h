@@ -10,3 +10,6 @@
 #if defined(LK_VARIANT_AVX512_BF16)
 #define LK_VARIANT_AVX512 1
 #endif
+#if defined(LK_VARIANT_NEON_BF16)
+#define LK_VARIANT_NEON 1
+#endif

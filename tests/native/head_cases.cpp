@@ -12,7 +12,8 @@ struct Result {
 template <class T>
 void head(int num_threads) {
   const int64_t shapes[][3] = {{1, 1, 1}, {5, 193, 83}, {3, 1000, 40}, {66, 400, 17}};
-  for (const auto& [n, v, c] : shapes) {
+  for (const auto& shape : shapes) {
+    const int64_t n = shape[0], v = shape[1], c = shape[2];  // no bindings: clang captures none before C++20
     const int64_t stride = c + 3;
     const auto hidden = random_buffer<T>(span(n, stride, c), 1), norm = random_buffer<T>(c, 2);
     const auto w = random_buffer<T>(span(v, stride, c), 3), bias = random_buffer<T>(v, 4);
@@ -79,7 +80,8 @@ void head(int num_threads) {
 template <class T>
 void screened(int num_threads) {
   const int64_t shapes[][3] = {{1, 1, 1}, {5, 193, 83}, {66, 400, 17}, {3, 4000, 6}};
-  for (const auto& [n, v, c] : shapes) {
+  for (const auto& shape : shapes) {
+    const int64_t n = shape[0], v = shape[1], c = shape[2];  // no bindings: clang captures none before C++20
     const auto hidden = random_buffer<T>(n * c, 1), norm = random_buffer<T>(c, 2), w = random_buffer<T>(v * c, 3);
     const int64_t even = c / 2 * 2;
     const Quantized eight{v, c, 8, 64, false, 6}, four{v, even, 4, 64, true, 7};
