@@ -12,8 +12,9 @@ struct PackedLanes {
   int32_t sums[kLanes];
 };
 
-// x rows as products with quantized weights take them: 16-bit integers [steps, m, 64] (a block has one step; see
-// quantized_dot.h for the order of the 64) and behind them PackedLanes [units, m]. So a tile finds its rows at fixed distances.
+// x rows as products with quantized weights take them: 16-bit integers [steps, m, 64] (a block has one step; for the
+// order of the 64 see quantized_words.h and quantized_bytes.h) and behind them PackedLanes [units, m]. So a tile finds its rows
+// at fixed distances.
 struct QuantizedRows {
   char* data;
   int64_t m, c;  // m may become smaller, until rows are packed
