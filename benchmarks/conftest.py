@@ -7,7 +7,7 @@ hold. Bandwidth of shared machines wanders, so it is probed before and after eac
 
 A benchmark that takes `device` beside `backend` runs on the GPU too, where there is one: on its backends, and on
 "torch", torch's own way to the same result, unless the module says TORCH = False. There a row is a CUDA graph of the
-calls: Python's launches don't count, and those of the CUDA kernels overlap, as in a round of decoding.
+calls: Python's launches don't count, and those of our kernels overlap, as in a round of decoding.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def main() -> None:
         read_per_step=read_per_step,
         bandwidth=read_bandwidth(probe),
         torch=torch.__version__,
-        launches_overlap=decoder.ops.backends["small_linear"] == "cuda" and switched_on("LAYERSKIP_PDL"),
+        launches_overlap=decoder.ops.backends["small_linear"] in ("cuda", "triton") and switched_on("LAYERSKIP_PDL"),
     )
     show(rows, conditions)
     if arguments.json:

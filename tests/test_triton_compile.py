@@ -40,8 +40,11 @@ def test_the_checks_notice_bad_kernels():
         "sums": "other arithmetic",
         "no dot": "no matrix",
         "mean": "it has div",
+        "early": "does not wait",
     }
     for row in compiled("deliberately_bad"):
         if row["case"] == "sums" and row["arch"] != 90:  # specialisations are compared on one architecture
+            continue
+        if row["case"] == "early" and row["arch"] < 90:  # where nothing overlaps
             continue
         assert wrong[row["case"]] in " ".join(row["problems"]), row

@@ -21,6 +21,7 @@ from pathlib import Path
 ARCHS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes per block (CUDA programming guide, table 27)
 MATRIX = {80: r"mma\.sync", 90: r"wgmma\.mma_async|mma\.sync", 100: r"tcgen05\.mma|mma\.sync"}
+TOUCHES = r"\b(ld|st|atom|red)\.global|\bcp\.async|\bbra\b|\bret\b"  # memory, or leaves
 WIDE = r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.c[ag]\.shared\.global.*0x10|cp\.async\.bulk"
 
 
@@ -51,6 +52,8 @@ def build(case: Case, arch: int):
 
     names = case.fn.arg_names
     constexprs = {**case.constexprs, **{n: 1 for n in case.ones}}
+    if "OVERLAP" in names:  # as `launch.round_options` has it
+        constexprs["OVERLAP"] = arch >= 90
     signature = {n: "constexpr" if n in constexprs else case.signature[n] for n in names}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in case.divisible if n not in constexprs}
     source = ASTSource(case.fn, signature, constexprs=constexprs, attrs=attrs)
@@ -140,6 +143,10 @@ def report(op: str) -> list[dict]:
                 row = dict(op=op, case=case.name, arch=arch, **resources(kernel, folder), shared=kernel.metadata.shared)
                 row["mma"], row["wide"] = len(re.findall(MATRIX[arch], ptx)), len(re.findall(WIDE, ptx))
                 row["problems"] = problems(case, row)
+                if "OVERLAP" in case.fn.arg_names:
+                    wait, touched = ptx.find("griddepcontrol.wait"), re.search(TOUCHES, ptx).start()
+                    if not (0 <= wait < touched if arch >= 90 else wait < 0):
+                        row["problems"].append("it does not wait for the kernels in front first")
                 if case.without and (found := re.search(case.without, ptx)):
                     row["problems"].append(f"it has {found.group()}")
                 if arch == 90:

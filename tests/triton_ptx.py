@@ -42,6 +42,7 @@ def install(arch: int) -> None:
     triton.INTERPRETED = True  # it is asked whether CPU tensors are welcome
     launch.DEVICE_TYPE = "cpu"
     launch._num_sms = lambda index: 132
+    launch._can_overlap = lambda index: arch >= 90
     configs._device_name = lambda index: "none"
 
 

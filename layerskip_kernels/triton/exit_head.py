@@ -25,7 +25,15 @@ from torch import Tensor
 
 from layerskip_kernels.ops.exit_head import ExitHead, RepetitionPenalty, Sampling
 from layerskip_kernels.triton.configs import tuned
-from layerskip_kernels.triton.launch import EXACT, INTERPRETED, check, guard, num_sms, stride_unit
+from layerskip_kernels.triton.launch import (
+    INTERPRETED,
+    check,
+    follow_previous_kernels,
+    guard,
+    num_sms,
+    round_options,
+    stride_unit,
+)
 from layerskip_kernels.triton.linear_tile import ROWS, products, row_tiles, tile_config
 from layerskip_kernels.triton.philox import gumbel_noise
 from layerskip_kernels.triton.rms_norm import rms_norm
@@ -102,12 +110,13 @@ def exit_head_kernel(
     C: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PENALTY: tl.constexpr,
     SAMPLED: tl.constexpr, HAS_STREAM: tl.constexpr,
     HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr, KEEP_LOGITS: tl.constexpr,
-    TILES: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """x is normed. partial: [4, rows, chunks] float32 (largest logit, sum of exponentials relative to it, best score,
     logit of the best), best_token: [rows, chunks] int32. seen, window, share: fields of the `RepetitionPenalty`.
     Filtered rows leave their logits, and their scores with the noise on top in `perturbed` [rows, V]; KEEP_LOGITS: all
     rows leave their logits."""
+    follow_previous_kernels(OVERLAP)
     chunk = tl.program_id(1)
     token = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(0).to(tl.int64) * (TILES * _ROWS)
@@ -234,9 +243,10 @@ def choose_kernel(
     temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
     rows, V, chunks, stride_logits,
     HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr,
-    CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """CHUNKS: `chunks` rounded up to a power of two."""
+    follow_previous_kernels(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     chunk = tl.arange(0, CHUNKS)[None, :]
@@ -365,13 +375,13 @@ def exit_head(
             float(logit_scale), float(softcap or 1.0),
             C=width, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_PENALTY=penalty is not None,
             SAMPLED=sampling is not None, HAS_STREAM=settings.stream is not None, KEEP_LOGITS=logits_out is not None,
-            TILES=tiles, UNIT=unit, **has, **config, **EXACT,
+            TILES=tiles, UNIT=unit, **has, **config, **round_options(x),
         )  # fmt: skip
         choose_kernel[(triton.cdiv(rows, CHOOSE_ROWS),)](
             partial, best_token, out.token, out.logprob, out.confidence, logits, perturbed,
             settings.temperature, settings.top_k, settings.top_p, settings.min_p,
             rows, vocab, chunks, stride_logits,
             CHUNKS=triton.next_power_of_2(chunks), ROWS=CHOOSE_ROWS, BLOCK=CHOOSE_BLOCK,
-            num_warps=16 if any(has.values()) else 4, **has, **EXACT,
+            num_warps=16 if any(has.values()) else 4, **has, **round_options(x),
         )  # fmt: skip
     return out

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from layerskip_kernels.triton.launch import EXACT, aligned, check, guard, row_offset
+from layerskip_kernels.triton.launch import aligned, check, follow_previous_kernels, guard, round_options, row_offset
 
 _VARYING = ["groups", "stride_path"] + [f"stride_{c}{n}" for c in "kv" for n in ("l", "slot", "g", "s")]
 
@@ -44,7 +44,9 @@ def kv_rollback_kernel(
     ALIGNED: tl.constexpr,
     BLOCK_WINDOW: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow_previous_kernels(OVERLAP)
     layer = tl.program_id(0) // groups
     group = tl.program_id(0) % groups
     b = tl.program_id(1)
@@ -122,6 +124,6 @@ def kv_rollback(
                 BLOCK_WINDOW=block_window,
                 BLOCK_DIM=block_dim,
                 num_warps=4,
-                **EXACT,
+                **round_options(k_cache),
             )
         lengths.add_(keep)

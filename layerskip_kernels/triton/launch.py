@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from layerskip_kernels.native.tensor import address
+from layerskip_kernels.switches import switched_on
 
 INTERPRETED = knobs.runtime.interpret  # read where kernels are decorated, so fixed from here on
 DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"
@@ -19,6 +21,8 @@ WIDE_BYTES = 16  # of the widest load
 # Products and sums are rounded as written; what shall be fused says tl.fma. Triton's default differs between versions.
 EXACT = {"enable_fp_fusion": False}
 
+_ALONE = EXACT | {"OVERLAP": False}
+_OVERLAPPING = EXACT | {"OVERLAP": True, "launch_pdl": True}
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _NO_GUARD = contextlib.nullcontext()
 
@@ -67,6 +71,35 @@ def num_sms(tensor: Tensor) -> int:
 @functools.cache
 def _num_sms(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def round_options(tensor: Tensor) -> dict[str, bool]:
+    """Launch arguments of the kernels of a round, all of which begin with `follow_previous_kernels`.
+
+    From Hopper on they overlap (programmatic dependent launch), in captured rounds as elsewhere: a kernel may start as
+    soon as all blocks of the one in front have, and waits for its end, so that its launch costs no time.
+    LAYERSKIP_PDL=0 turns that off.
+
+    Raises:
+        ValueError: LAYERSKIP_PDL is neither 0 nor 1.
+    """
+    return _OVERLAPPING if switched_on("LAYERSKIP_PDL") and _can_overlap(tensor.get_device()) else _ALONE
+
+
+@functools.cache
+def _can_overlap(index: int) -> bool:
+    return not INTERPRETED and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+@triton.jit
+def follow_previous_kernels(OVERLAP: tl.constexpr):
+    """Before a kernel reads or writes anything: lets the next one start, and waits for the end of those in front.
+
+    No block may leave before: the end of one kernel is the end of all before it.
+    """
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

@@ -13,7 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from layerskip_kernels.triton.launch import EXACT, aligned, cast, check, guard, row_offset
+from layerskip_kernels.triton.launch import (
+    aligned,
+    cast,
+    check,
+    follow_previous_kernels,
+    guard,
+    round_options,
+    row_offset,
+)
 from layerskip_kernels.triton.sums import inverse_rms, norm_block
 
 
@@ -32,7 +40,9 @@ def rms_norm_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow_previous_kernels(OVERLAP)
     row = tl.program_id(0)
     x_ptr += row_offset(row, stride_x, ALIGNED)
     out_ptr += row_offset(row, stride_out, ALIGNED)
@@ -92,6 +102,6 @@ def rms_norm(
             BLOCK=block,
             WHOLE=whole_block(columns),
             num_warps=max(1, block // 256),
-            **EXACT,
+            **round_options(x),
         )
     return out

@@ -11,7 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from layerskip_kernels.triton.launch import EXACT, aligned, cast, check, guard, row_offset
+from layerskip_kernels.triton.launch import (
+    aligned,
+    cast,
+    check,
+    follow_previous_kernels,
+    guard,
+    round_options,
+    row_offset,
+)
 
 _VARYING = ["lengths_ptr", "positions_ptr", "slot_ids_ptr", "num_queries_ptr", "window", "heads", "groups"] + [
     f"stride_{n}" for n in "qb qt qh kb kt kg vb vt vg ks_slot ks_g ks_s vs_slot vs_g vs_s pos freq_b freq_t".split()
@@ -56,7 +64,9 @@ def rope_append_kernel(
     ALIGNED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow_previous_kernels(OVERLAP)
     b = tl.program_id(0) // window
     t = tl.program_id(0) % window
     q_blocks = tl.cdiv(heads, BLOCK_HEADS)
@@ -182,5 +192,5 @@ def rope_append(
             BLOCK_HEADS=block_heads,
             BLOCK_HALF=block_half,
             num_warps=2,
-            **EXACT,
+            **round_options(q),
         )

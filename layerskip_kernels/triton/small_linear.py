@@ -18,7 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from layerskip_kernels.triton.configs import tuned
-from layerskip_kernels.triton.launch import EXACT, cast, check, guard, num_sms, stride_unit
+from layerskip_kernels.triton.launch import (
+    cast,
+    check,
+    follow_previous_kernels,
+    guard,
+    num_sms,
+    round_options,
+    stride_unit,
+)
 from layerskip_kernels.triton.linear_tile import ROWS, products, row_tiles, tile_config
 from layerskip_kernels.triton.rms_norm import rms_norm
 from layerskip_kernels.triton.swiglu import swiglu as gated
@@ -36,9 +44,10 @@ def small_linear_kernel(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, residual_ptr, out0_ptr, out1_ptr, out2_ptr,
     rows, stride_x, n0, n1, n2, stride_w0, stride_w1, stride_w2, stride_out0, stride_out1, stride_out2, stride_residual,
     C: tl.constexpr, COUNT: tl.constexpr, BIASES: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TILES: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BIASES: bit i says whether weight i has a bias. stride_x and stride_w count units of UNIT elements."""
+    follow_previous_kernels(OVERLAP)
     dtype: tl.constexpr = out0_ptr.dtype.element_ty
     n0, n1, n2 = n0.to(tl.int64), n1.to(tl.int64), n2.to(tl.int64)
     stride_w0, stride_w1, stride_w2 = stride_w0.to(tl.int64), stride_w1.to(tl.int64), stride_w2.to(tl.int64)
@@ -149,5 +158,5 @@ def _launch(x: Tensor, ws: list[Tensor], biases: list[Tensor | None], residual: 
         TILES=tiles,
         UNIT=unit,
         **config,
-        **EXACT,
+        **round_options(x),
     )

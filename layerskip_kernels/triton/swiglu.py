@@ -10,7 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
-from layerskip_kernels.triton.launch import EXACT, aligned, cast, check, guard, row_offset
+from layerskip_kernels.triton.launch import (
+    aligned,
+    cast,
+    check,
+    follow_previous_kernels,
+    guard,
+    round_options,
+    row_offset,
+)
 
 BLOCK = 1024
 
@@ -26,7 +34,9 @@ def swiglu_kernel(
     columns,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow_previous_kernels(OVERLAP)
     row = tl.program_id(0)
     gate_ptr += row_offset(row, stride_gate, ALIGNED)
     up_ptr += row_offset(row, stride_up, ALIGNED)
@@ -59,6 +69,6 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, out: torch.Tensor | None = N
                 ALIGNED=aligned(gate, up, out),
                 BLOCK=BLOCK,
                 num_warps=4,
-                **EXACT,
+                **round_options(gate),
             )
     return out

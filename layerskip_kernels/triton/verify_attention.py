@@ -123,9 +123,10 @@ def verify_attention_split_kernel(
     q_stride_b, q_stride_t, q_stride_h, k_stride_slot, k_stride_g, k_stride_s, v_stride_slot, v_stride_g, v_stride_s,
     tree_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_CHUNK: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
-    VECTOR: tl.constexpr, Q_VECTOR: tl.constexpr,
+    VECTOR: tl.constexpr, Q_VECTOR: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Window rows [first_row, first_row + rows) of the sequences from first_batch on; strides in units of a VECTOR."""
+    launch.follow_previous_kernels(OVERLAP)
     program, local_b = tl.program_id(0), tl.program_id(2)
     g, block = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS
     b = local_b + first_batch
@@ -231,8 +232,10 @@ def verify_attention_merge_kernel(
     partial_ptr, stats_ptr, out_ptr, lengths_ptr, num_queries_ptr, first_batch, first_row, rows, window, slots_held,
     sliding_window, slack, out_stride_b, out_stride_t, out_stride_h, HEADS: tl.constexpr, D: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, MIN_CHUNK: tl.constexpr, SLOTS: tl.constexpr, TREE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_H heads of one window row, BLOCK_D columns; rows past num_queries become zero."""
+    launch.follow_previous_kernels(OVERLAP)
     blocks: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     t, local_b = first_row + tl.program_id(0) // blocks, tl.program_id(2)
     b = local_b + first_batch
@@ -339,6 +342,7 @@ def verify_attention(
     rows, sequences = min(fitting, window), max(1, min(fitting // window, batch))
     scratch = torch.empty(rows * sequences * row_bytes // 4, dtype=torch.float32, device=q.device)
     stats = scratch[rows * sequences * heads * slots_held * dim :]
+    how = launch.round_options(q)
     with launch.guard(q):
         for first_batch in range(0, batch, sequences):
             for first_row in range(0, window, rows):
@@ -347,9 +351,9 @@ def verify_attention(
                 where = (first_batch, first_row, held_rows, window, slots_held, sliding_window or NO_WINDOW, slack)
                 verify_attention_split_kernel[(slots_held, groups * blocks, count)](
                     q, k_cache, v_cache, lengths, slot_ids, num_queries, tree_mask, scratch, stats, *where, scale,
-                    *q_strides, *kv_strides, tree_stride, **split, num_warps=config["num_warps"], **launch.EXACT,
+                    *q_strides, *kv_strides, tree_stride, **split, num_warps=config["num_warps"], **how,
                 )  # fmt: skip
                 verify_attention_merge_kernel[(held_rows * merge_grid[0], merge_grid[1], count)](
-                    scratch, stats, out, lengths, num_queries, *where, *out.stride()[:3], **merge, **launch.EXACT
+                    scratch, stats, out, lengths, num_queries, *where, *out.stride()[:3], **merge, **how
                 )
     return out

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from layerskip_kernels.ops.verify_tokens import Verified
-from layerskip_kernels.triton.launch import EXACT, check, guard, row_offset
+from layerskip_kernels.triton.launch import check, follow_previous_kernels, guard, round_options, row_offset
 
 
 @triton.jit(do_not_specialize=["batch", "num_eos", "stride_draft", "stride_target", "stride_out"])
@@ -34,7 +34,9 @@ def verify_tokens_kernel(
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow_previous_kernels(OVERLAP)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     i = tl.arange(0, BLOCK_WIDTH)[None, :]
     exists = row < batch
@@ -138,7 +140,7 @@ def verify_tokens(
                 BLOCK_ROWS=block_rows,
                 BLOCK_WIDTH=block_width,
                 num_warps=1,
-                **EXACT,
+                **round_options(draft),
             )
     return out
 

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from triton_compile import Case
 
+from layerskip_kernels.triton.launch import follow_previous_kernels
+
 
 @triton.jit(do_not_specialize=["stride"])
 def copy_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):
@@ -35,11 +37,20 @@ def mean_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr, tl.sum(x, axis=0) / 1000)
 
 
+@triton.jit
+def early_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    """x may not have been written when it is read."""
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    follow_previous_kernels(OVERLAP)
+    tl.store(out_ptr + tl.arange(0, BLOCK), x)
+
+
 BF16 = dict(x_ptr="*bf16", out_ptr="*bf16")
 CASES = [
     Case("narrow", copy_kernel, BF16 | dict(stride="i32"), dict(BLOCK=1024), ("x_ptr", "out_ptr"), wide=True),
     Case("no dot", copy_kernel, BF16 | dict(stride="i32"), dict(BLOCK=1024), ("x_ptr", "out_ptr"), mma=True),
     Case("sums", sum_kernel, BF16 | dict(stride="i32"), dict(BLOCK=1024), ("x_ptr", "stride")),
     Case("mean", mean_kernel, BF16, dict(BLOCK=1024), ("x_ptr",), without=r"div\.(approx|full)\S*"),
+    Case("early", early_kernel, BF16, dict(BLOCK=1024), ("x_ptr", "out_ptr")),
     Case("spills", spill_kernel, dict(x_ptr="*fp32", out_ptr="*fp32"), dict(BLOCK=16384), num_warps=1),
 ]
