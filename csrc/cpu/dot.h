@@ -122,45 +122,37 @@ struct Dot {
   }
 };
 
+#if defined(LK_VARIANT_AVX512_BF16) || defined(LK_VARIANT_NEON_BF16)
 #if defined(LK_VARIANT_AVX512_BF16)
-// vdpbf16ps multiplies pairs of bfloat16 as they lie in memory.
+typedef __m512i Raw;
+LK_INLINE Raw load_packed(const bf16* x) { return _mm512_load_si512(x); }
+LK_INLINE void store_packed(bf16* x, Raw raw) { _mm512_store_si512(x, raw); }
+LK_INLINE vf add_products(vf sums, Raw w, Raw x) { return _mm512_dpbf16_ps(sums, (__m512bh)w, (__m512bh)x); }
+#else
+typedef uint16x8_t Raw;
+LK_INLINE Raw load_packed(const bf16* x) { return load_raw(x); }
+LK_INLINE void store_packed(bf16* x, Raw raw) { vst1q_u16(&x->bits, raw); }
+LK_INLINE vf add_products(vf sums, Raw w, Raw x) {
+  return vbfdotq_f32(sums, vreinterpretq_bf16_u16(w), vreinterpretq_bf16_u16(x));
+}
+#endif
+
+// vdpbf16ps and BFDOT multiply pairs of bfloat16 as they lie in memory.
 template <>
 struct Dot<bf16> {
   static constexpr int64_t kChunk = 2 * kWidth;
   static constexpr int kParts = 1;
   using X = bf16;
-  using Chunk = __m512i;
-  using Vector = __m512i;
-  LK_MEMBER Chunk load(const bf16* p) { return load_raw(p); }
-  LK_MEMBER Chunk load(const bf16* p, int64_t n) { return load_raw(p, n); }
-  LK_MEMBER void pack(X* x, Chunk chunk) { _mm512_store_si512(x, chunk); }
+  using Chunk = Raw;
+  using Vector = Raw;
+  LK_MEMBER Raw load(const bf16* p) { return load_raw(p); }
+  LK_MEMBER Raw load(const bf16* p, int64_t n) { return load_raw(p, n); }
+  LK_MEMBER void pack(X* x, Raw chunk) { store_packed(x, chunk); }
   template <int>
-  LK_MEMBER __m512i part(const bf16* p, __m512i) { return load_raw(p); }
-  LK_MEMBER __m512i load_x(const X* x) { return _mm512_load_si512(x); }
-  LK_MEMBER vf multiply_add(vf sums, __m512i w, __m512i x) {
-    return _mm512_dpbf16_ps(sums, (__m512bh)w, (__m512bh)x);
-  }
-  LK_MEMBER vf add(vf sums, Chunk w, const X* x) { return multiply_add(sums, w, load_x(x)); }
-};
-#elif defined(LK_VARIANT_NEON_BF16)
-// So does BFDOT.
-template <>
-struct Dot<bf16> {
-  static constexpr int64_t kChunk = 2 * kWidth;
-  static constexpr int kParts = 1;
-  using X = bf16;
-  using Chunk = uint16x8_t;
-  using Vector = uint16x8_t;
-  LK_MEMBER Chunk load(const bf16* p) { return load_raw(p); }
-  LK_MEMBER Chunk load(const bf16* p, int64_t n) { return load_raw(p, n); }
-  LK_MEMBER void pack(X* x, Chunk chunk) { vst1q_u16(&x->bits, chunk); }
-  template <int>
-  LK_MEMBER Vector part(const bf16* p, Vector) { return load_raw(p); }
-  LK_MEMBER Vector load_x(const X* x) { return load_raw(x); }
-  LK_MEMBER vf multiply_add(vf sums, Vector w, Vector x) {
-    return vbfdotq_f32(sums, vreinterpretq_bf16_u16(w), vreinterpretq_bf16_u16(x));
-  }
-  LK_MEMBER vf add(vf sums, Chunk w, const X* x) { return multiply_add(sums, w, load_x(x)); }
+  LK_MEMBER Raw part(const bf16* p, Raw) { return load_raw(p); }
+  LK_MEMBER Raw load_x(const X* x) { return load_packed(x); }
+  LK_MEMBER vf multiply_add(vf sums, Raw w, Raw x) { return add_products(sums, w, x); }
+  LK_MEMBER vf add(vf sums, Raw w, const X* x) { return multiply_add(sums, w, load_x(x)); }
 };
 #endif
 

@@ -136,8 +136,9 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
       const auto ask = [&](int64_t distance) __attribute__((always_inline)) {
         LK_UNROLL for (int j = 0; j < kRows; ++j) prefetch_l2(fetch + j * w_stride + distance);
       };
+      const bool asks = kHalves <= 2 || half == 0;  // of four vectors in a line one is enough
       const auto ask_ahead = [&]() __attribute__((always_inline)) {
-        if (kHalves > 2 && half > 0) return;  // a line is asked for already
+        if (!asks) return;
         if (early) ask(ahead.bytes);
         ask(0);
       };
@@ -145,7 +146,7 @@ void tile(const Span& s, int64_t n, int64_t m, Ahead ahead, vf* sums) {
 #pragma GCC unroll 1
         for (int64_t i = columns->unit.blocks / kSteps; i > 0; --i) {
           ask_ahead();
-          if (kCols <= kAgainCols && alone && (kHalves <= 2 || half == 0)) ask(-8 * kBytes);
+          if (kCols <= kAgainCols && alone && asks) ask(-8 * kBytes);
           add_steps<kBits>(dots, w, w_stride, x, x_step);
           w += kSteps * kBytes, x += kSteps * x_step, fetch += kSteps * kBytes;
         }

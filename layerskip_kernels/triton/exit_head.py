@@ -365,6 +365,7 @@ def exit_head(
         perturbed = new(rows, vocab, dtype=torch.float32)
         logits = torch.empty_like(perturbed) if logits is None else logits
     stride_logits = 0 if logits is None else logits.stride(0)
+    how = round_options(x)
     with guard(hidden):
         exit_head_kernel[(triton.cdiv(rows, ROWS * tiles), chunks)](
             x, lm_head, bias, partial, best_token, logits, perturbed, factor, first_seen, window,
@@ -375,13 +376,13 @@ def exit_head(
             float(logit_scale), float(softcap or 1.0),
             C=width, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_PENALTY=penalty is not None,
             SAMPLED=sampling is not None, HAS_STREAM=settings.stream is not None, KEEP_LOGITS=logits_out is not None,
-            TILES=tiles, UNIT=unit, **has, **config, **round_options(x),
+            TILES=tiles, UNIT=unit, **has, **config, **how,
         )  # fmt: skip
         choose_kernel[(triton.cdiv(rows, CHOOSE_ROWS),)](
             partial, best_token, out.token, out.logprob, out.confidence, logits, perturbed,
             settings.temperature, settings.top_k, settings.top_p, settings.min_p,
             rows, vocab, chunks, stride_logits,
             CHUNKS=triton.next_power_of_2(chunks), ROWS=CHOOSE_ROWS, BLOCK=CHOOSE_BLOCK,
-            num_warps=16 if any(has.values()) else 4, **has, **round_options(x),
+            num_warps=16 if any(has.values()) else 4, **has, **how,
         )  # fmt: skip
     return out

@@ -83,7 +83,7 @@ def round_options(tensor: Tensor) -> dict[str, bool]:
     Raises:
         ValueError: LAYERSKIP_PDL is neither 0 nor 1.
     """
-    return _OVERLAPPING if switched_on("LAYERSKIP_PDL") and _can_overlap(tensor.get_device()) else _ALONE
+    return _OVERLAPPING if _can_overlap(tensor.get_device()) and switched_on("LAYERSKIP_PDL") else _ALONE
 
 
 @functools.cache
