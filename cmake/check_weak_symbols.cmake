@@ -11,7 +11,7 @@ foreach(object IN LISTS objects)
     execute_process(COMMAND ${NM} -C --defined-only ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
     string(REGEX MATCHALL "[^\n]* [WVu] [^\n]*" weak "${symbols}")
     foreach(symbol IN LISTS weak)
-        if(NOT symbol MATCHES "lk::(avx2|avx512|avx512_bf16|neon|neon_bf16)::")
+        if(NOT symbol MATCHES "lk::(avx2|avx512|avx512_bf16|avx512_amx|neon|neon_bf16)::")
             message(FATAL_ERROR "${object} shares the symbol '${symbol}' with other variants: "
                                 "make it static, always_inline, or a member of the variant's namespace")
         endif()

@@ -1,5 +1,7 @@
 # The CPU library: every op compiled once per instruction set, plus the parts that are compiled once.
 
+include(CheckCXXCompilerFlag)
+
 # One line per op (and quantized_pack and quantized_panel, which two of them share). Each csrc/cpu/<op>.cpp is compiled
 # for every variant.
 set(LAYERSKIP_CPU_OPS
@@ -23,7 +25,7 @@ list(TRANSFORM LAYERSKIP_CPU_OPS APPEND .cpp)
 # Contracting a*b+c would let two instances of one template round differently. The kernels ask for FMA where they want it.
 set(LAYERSKIP_CPU_FLAGS -ffp-contract=off -Wall -Wextra)
 
-set(LAYERSKIP_CPU_VARIANTS "auto" CACHE STRING "Instruction sets: auto, or a list out of scalar avx2 avx512 avx512_bf16 neon neon_bf16")
+set(LAYERSKIP_CPU_VARIANTS "auto" CACHE STRING "Instruction sets: auto, or a list out of scalar avx2 avx512 avx512_bf16 avx512_amx neon neon_bf16")
 set(LAYERSKIP_FLAGS_scalar -Wno-psabi)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     set(variants scalar avx2 avx512 avx512_bf16)
@@ -34,9 +36,15 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
         list(APPEND LAYERSKIP_FLAGS_avx512 -Wno-maybe-uninitialized -Wno-uninitialized)
     endif()
     set(LAYERSKIP_FLAGS_avx512_bf16 ${LAYERSKIP_FLAGS_avx512} -mavx512bf16 -mavx512vnni)
+    set(LAYERSKIP_FLAGS_avx512_amx ${LAYERSKIP_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16)
+    check_cxx_compiler_flag("-mamx-tile -mamx-bf16" LAYERSKIP_COMPILES_AMX)  # GCC 11, Clang 12
+    if(LAYERSKIP_COMPILES_AMX AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
+        list(APPEND variants avx512_amx)
+    endif()
     if(LAYERSKIP_EMULATE)
         set(LAYERSKIP_FLAGS_avx512 ${LAYERSKIP_FLAGS_avx2} -Wno-psabi -I${CMAKE_SOURCE_DIR}/tests/native/avx512_emulated)
         set(LAYERSKIP_FLAGS_avx512_bf16 ${LAYERSKIP_FLAGS_avx512})
+        set(LAYERSKIP_FLAGS_avx512_amx ${LAYERSKIP_FLAGS_avx512})
         set(LAYERSKIP_FLAGS_neon ${LAYERSKIP_FLAGS_avx2} -Wno-psabi -I${CMAKE_SOURCE_DIR}/tests/native/neon_emulated)
         set(LAYERSKIP_FLAGS_neon_bf16 ${LAYERSKIP_FLAGS_neon})
     endif()

@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -27,6 +31,16 @@ uint64_t saved_state() {
   uint32_t low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return uint64_t(high) << 32 | low;
+}
+
+// Linux lets a process use the tile registers, 8 KB a thread to save, once it has asked. Asked for again, it does no harm.
+bool allowed_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 #elif defined(__aarch64__) && defined(__linux__)
@@ -74,6 +88,9 @@ std::vector<std::string> built_variants() {
 #if defined(LK_HAVE_AVX512_BF16)
       "avx512_bf16",
 #endif
+#if defined(LK_HAVE_AVX512_AMX)
+      "avx512_amx",
+#endif
 #if defined(LK_HAVE_NEON)
       "neon",
 #endif
@@ -100,12 +117,14 @@ std::string why_variant_unsupported(const std::string& variant) {
                             {"AVX512BW", bool(seven.b >> 30 & 1)},
                             {"AVX512VL", bool(seven.b >> 31 & 1)},
                             {"the saved ZMM state", zmm}};
-  const bool bf16 = variant == "avx512_bf16";
+  const bool amx = variant == "avx512_amx", bf16 = amx || variant == "avx512_bf16";
+  const bool tiles = (state & 0x60000) == 0x60000 && (seven.d >> 24 & 1) && (seven.d >> 22 & 1);
   if (variant == "avx2") return missing({avx2[0], avx2[1], avx2[2], avx2[3]});
-  if (variant == "avx512" || variant == "avx512_bf16")
+  if (variant == "avx512" || bf16)
     return missing({avx2[0], avx2[1], avx2[2], avx2[3], avx512[0], avx512[1], avx512[2], avx512[3], avx512[4],
                     {"AVX512_BF16", !bf16 || bool(seven_one.a >> 5 & 1)},
-                    {"AVX512_VNNI", !bf16 || bool(seven.c >> 11 & 1)}});
+                    {"AVX512_VNNI", !bf16 || bool(seven.c >> 11 & 1)},
+                    {"AMX with bfloat16", !amx || (tiles && allowed_tiles())}});
 #elif defined(__aarch64__)
   if (variant == "neon") return "";
   if (variant == "neon_bf16")

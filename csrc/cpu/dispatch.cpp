@@ -19,6 +19,7 @@ struct Variant {
 #define LK_AVX2(op, Args) avx2::op,
 #define LK_AVX512(op, Args) avx512::op,
 #define LK_AVX512_BF16(op, Args) avx512_bf16::op,
+#define LK_AVX512_AMX(op, Args) avx512_amx::op,
 #define LK_NEON(op, Args) neon::op,
 #define LK_NEON_BF16(op, Args) neon_bf16::op,
 
@@ -32,6 +33,9 @@ const Variant kVariants[] = {
 #endif
 #if defined(LK_HAVE_AVX512_BF16)
     {"avx512_bf16", LK_CPU_OPS(LK_AVX512_BF16)},
+#endif
+#if defined(LK_HAVE_AVX512_AMX)
+    {"avx512_amx", LK_CPU_OPS(LK_AVX512_AMX)},
 #endif
 #if defined(LK_HAVE_NEON)
     {"neon", LK_CPU_OPS(LK_NEON)},

@@ -12,7 +12,8 @@
 namespace lk::LK_VARIANT {
 namespace {
 
-static_assert(kHeadChunk % kTileRows == 0 && kHeadChunk % kWidth == 0 && kHeadChunk % 4 == 0);
+static_assert(kHeadChunk % DenseRows<bf16>::kTileRows == 0 && kHeadChunk % QuantizedRows::kTileRows == 0 &&
+              kHeadChunk % kWidth == 0 && kHeadChunk % 4 == 0);
 
 // A token whose row of lm_head a screened row is asked about.
 struct Candidate {
@@ -227,8 +228,8 @@ Pass<T> read(const ExitHeadArgs& a, const Matrix& head, bool screened, int64_t f
     const T* x = static_cast<const T*>(a.hidden) + (first + row) * a.hidden_stride;
     rms_norm_row(x, static_cast<const T*>(a.norm_weight), a.eps, normed + row * a.c, a.c);
     if (x_norms) x_norms[row] = sqrtf(float(a.c)) / inverse_rms(normed + row * a.c, a.c, 0);
-    rows.pack(row, normed + row * a.c);
   }
+  pack_all(rows, normed, a.c);
   const Pass<T> pass{a, head, screened, first, m, normed, x_norms, partials, memory};
   auto chunk = [&](int64_t index) { pass.chunk(index, rows); };
   parallel_for(a.num_threads, chunks, chunk);
@@ -248,7 +249,7 @@ void run(const ExitHeadArgs& a, const MakeRows& rows) {
     if (screened) {
       const Pass<T> pass = read<T>(a, screen, true, first, QuantizedRows(m, a.c));
       auto exact = rows(m, Workspace::head_x);
-      for (int64_t row = 0; row < m; ++row) exact.pack(row, pass.normed + row * a.c);
+      pack_all(exact, pass.normed, a.c);
       auto choose = [&](int64_t row) {
         if (!pass.choose_screened(row, lm_head, exact)) certain = false;
       };

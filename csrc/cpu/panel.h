@@ -153,6 +153,10 @@ LK_INLINE void panel(const Product<T>& p, int64_t begin, int64_t end, int64_t li
 // Packed x rows, for weights stored in their dtype.
 template <class T>
 struct DenseRows {
+  static constexpr int64_t kTileRows = lk::LK_VARIANT::kTileRows;
+  static constexpr int64_t kMostRows = kMaxPackedRows;
+  static constexpr int64_t kPackedTogether = 1;
+
   typename Dot<T>::X* data;
   int64_t stride, m, c;
 
@@ -160,7 +164,11 @@ struct DenseRows {
       : stride(packed_size<T>(columns)), m(rows), c(columns) {
     data = static_cast<typename Dot<T>::X*>(workspace(use, size_t(rows * stride) * sizeof(*data)));
   }
-  void pack(int64_t row, const T* x) { pack_row(x, c, data + row * stride); }
+  // Rows [row, row + count) are those at x and behind, x_stride elements apart; row is a multiple of kPackedTogether, and
+  // count as much, or what is left.
+  void pack(int64_t row, int64_t count, const T* x, int64_t x_stride) {
+    for (int64_t i = 0; i < count; ++i) pack_row(x + i * x_stride, c, data + (row + i) * stride);
+  }
 
   // Dot products of every x row and the weight rows [begin, end). Rows up to w.n are likely to be this thread's next.
   void panel(const Matrix& w, int64_t begin, int64_t end, Totals out) const {
@@ -169,4 +177,15 @@ struct DenseRows {
   }
 };
 
+// Packs all rows: those at x and behind, x_stride elements apart.
+template <class Rows, class T>
+LK_INLINE void pack_all(Rows& rows, const T* x, int64_t x_stride) {
+  for (int64_t row = 0, left = rows.m; left > 0; row += Rows::kPackedTogether, left -= Rows::kPackedTogether)
+    rows.pack(row, left < Rows::kPackedTogether ? left : Rows::kPackedTogether, x + row * x_stride, x_stride);
+}
+
 }  // namespace lk::LK_VARIANT
+
+#if defined(LK_VARIANT_AVX512_AMX)
+#include "cpu/amx_panel.h"
+#endif

@@ -53,6 +53,28 @@ LK_INLINE void place_unit(const int32_t* q, int64_t blocks, int16_t* words, int6
   }
 }
 
+template <class T>
+void pack_row(const QuantizedRows& rows, int64_t row, const T* x) {
+  PackedLanes* packed = rows.lanes_of(0, row);
+  vf none = zero();
+  for (int64_t first = 0; first < rows.blocks(); packed += rows.m) {
+    const Unit unit = unit_from(first, rows.whole());
+    const T* from = x + first * kBlock;
+    const int64_t count = rows.c - first * kBlock;
+    // One loop after the other, so that none waits for the results of the one before.
+    float largest[kLanes], scales[kLanes];
+    alignas(64) int32_t q[kLanes * kBlock];
+    for (int64_t i = 0; i < unit.blocks; ++i) largest[i] = largest_of(from + i * kBlock, count - i * kBlock, &none);
+    for (int64_t i = 0; i < unit.blocks; ++i)
+      scales[i] = integers_of(from + i * kBlock, count - i * kBlock, largest[i], q + i * kBlock);
+    place_unit(q, unit.blocks, rows.words_of(first, row), rows.m * kBlock, packed->sums);
+    for (int64_t lane = 0; lane < kLanes; ++lane) packed->scales[lane] = scales[lane * unit.blocks / kLanes];
+    first += unit.blocks;
+  }
+  const float nothing = sum(none);
+  if (nothing != 0) rows.lanes_of(0, row)->scales[0] = nothing;
+}
+
 }  // namespace
 
 QuantizedRows::QuantizedRows(int64_t rows, int64_t columns, Workspace use) : m(rows), c(columns) {
@@ -61,28 +83,11 @@ QuantizedRows::QuantizedRows(int64_t rows, int64_t columns, Workspace use) : m(r
 }
 
 template <class T>
-void QuantizedRows::pack(int64_t row, const T* x) {
-  PackedLanes* packed = lanes_of(0, row);
-  vf none = zero();
-  for (int64_t first = 0; first < blocks(); packed += m) {
-    const Unit unit = unit_from(first, whole());
-    const T* from = x + first * kBlock;
-    const int64_t count = c - first * kBlock;
-    // One loop after the other, so that none waits for the results of the one before.
-    float largest[kLanes], scales[kLanes];
-    alignas(64) int32_t q[kLanes * kBlock];
-    for (int64_t i = 0; i < unit.blocks; ++i) largest[i] = largest_of(from + i * kBlock, count - i * kBlock, &none);
-    for (int64_t i = 0; i < unit.blocks; ++i)
-      scales[i] = integers_of(from + i * kBlock, count - i * kBlock, largest[i], q + i * kBlock);
-    place_unit(q, unit.blocks, words_of(first, row), m * kBlock, packed->sums);
-    for (int64_t lane = 0; lane < kLanes; ++lane) packed->scales[lane] = scales[lane * unit.blocks / kLanes];
-    first += unit.blocks;
-  }
-  const float nothing = lk::LK_VARIANT::sum(none);
-  if (nothing != 0) lanes_of(0, row)->scales[0] = nothing;
+void QuantizedRows::pack(int64_t row, int64_t count, const T* x, int64_t x_stride) {
+  for (int64_t i = 0; i < count; ++i) pack_row(*this, row + i, x + i * x_stride);
 }
-template void QuantizedRows::pack(int64_t, const float*);
-template void QuantizedRows::pack(int64_t, const f16*);
-template void QuantizedRows::pack(int64_t, const bf16*);
+template void QuantizedRows::pack(int64_t, int64_t, const float*, int64_t);
+template void QuantizedRows::pack(int64_t, int64_t, const f16*, int64_t);
+template void QuantizedRows::pack(int64_t, int64_t, const bf16*, int64_t);
 
 }  // namespace lk::LK_VARIANT

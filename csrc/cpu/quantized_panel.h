@@ -16,12 +16,16 @@ struct PackedLanes {
 // order of the 64 see quantized_words.h and quantized_bytes.h) and behind them PackedLanes [units, m]. So a tile finds its rows
 // at fixed distances.
 struct QuantizedRows {
+  static constexpr int64_t kTileRows = lk::LK_VARIANT::kTileRows;
+  static constexpr int64_t kMostRows = kMaxPackedRows;
+  static constexpr int64_t kPackedTogether = 1;
+
   char* data;
   int64_t m, c;  // m may become smaller, until rows are packed
 
   QuantizedRows(int64_t rows, int64_t columns, Workspace use = Workspace::linear_x);
   template <class T>
-  void pack(int64_t row, const T* x);
+  void pack(int64_t row, int64_t count, const T* x, int64_t x_stride);
 
   // Dot products of every x row and the weight rows [begin, end). Rows up to w.n are likely to be this thread's next.
   void panel(const Matrix& w, int64_t begin, int64_t end, Totals out) const;

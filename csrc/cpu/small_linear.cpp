@@ -45,6 +45,7 @@ LK_INLINE void finish(const SmallLinearArgs& a, const LinearWeight& weight, int6
 template <class T, class Rows>
 void run_pass(const Pass<Rows>& pass) {
   const SmallLinearArgs& a = pass.args;
+  constexpr int64_t kTileRows = Rows::kTileRows;
   const int64_t bits = a.weights->quantization.bits;
   const int64_t row_bytes = 1 + a.c * (bits ? bits : 8 * int64_t(sizeof(T))) / 8;
   int64_t rows = 0;
@@ -63,7 +64,7 @@ void run_pass(const Pass<Rows>& pass) {
     const int64_t begin = index * rows_per_task;
     const int64_t end = begin + rows_per_task < weight->n ? begin + rows_per_task : weight->n;
     const Matrix matrix{weight->data, weight->stride, weight->n, weight->quantization};
-    alignas(64) float totals[kMaxPackedRows][kTileRows];
+    alignas(64) float totals[Rows::kMostRows][kTileRows];
     for (int64_t n = begin; n < end; n += kTileRows) {
       const int64_t count = end - n < kTileRows ? end - n : kTileRows;
       pass.x.panel(matrix, n, n + count, Totals{totals[0], kTileRows});
@@ -77,27 +78,29 @@ template <class T, class Rows>
 void run_passes(const SmallLinearArgs& a, Rows rows) {
   char* normed = nullptr;
   if (a.norm_weight) normed = static_cast<char*>(workspace(Workspace::linear_norm, size_t(rows.m * a.c) * sizeof(T)));
-  for (int64_t first = 0; first < a.m; first += kMaxPackedRows) {
-    rows.m = a.m - first < kMaxPackedRows ? a.m - first : kMaxPackedRows;
-    auto pack = [&](int64_t row) {
+  for (int64_t first = 0; first < a.m; first += Rows::kMostRows) {
+    rows.m = a.m - first < Rows::kMostRows ? a.m - first : Rows::kMostRows;
+    auto pack = [&](int64_t task) {
+      const int64_t row = task * Rows::kPackedTogether;
+      const int64_t count = rows.m - row < Rows::kPackedTogether ? rows.m - row : Rows::kPackedTogether;
       const T* x = static_cast<const T*>(a.x) + (first + row) * a.x_stride;
-      if (normed) {
-        T* to = reinterpret_cast<T*>(normed) + row * a.c;
-        rms_norm_row(x, static_cast<const T*>(a.norm_weight), a.norm_eps, to, a.c);
-        x = to;
-      }
-      rows.pack(row, x);
+      if (!normed) return rows.pack(row, count, x, a.x_stride);
+      T* to = reinterpret_cast<T*>(normed) + row * a.c;
+      for (int64_t i = 0; i < count; ++i)
+        rms_norm_row(x + i * a.x_stride, static_cast<const T*>(a.norm_weight), a.norm_eps, to + i * a.c, a.c);
+      rows.pack(row, count, to, a.c);
     };
-    parallel_for(rows.m * a.c < kLeastToShare ? 1 : a.num_threads, rows.m, pack);
+    const int64_t tasks = (rows.m + Rows::kPackedTogether - 1) / Rows::kPackedTogether;
+    parallel_for(rows.m * a.c < kLeastToShare ? 1 : a.num_threads, tasks, pack);
     run_pass<T>(Pass<Rows>{a, rows, first});
   }
 }
 
 template <class T>
 void run(const SmallLinearArgs& a) {
-  const int64_t most = a.m < kMaxPackedRows ? a.m : kMaxPackedRows;
-  if (a.weights->quantization.bits) return run_passes<T>(a, QuantizedRows(most, a.c));
-  run_passes<T>(a, DenseRows<T>(most, a.c));
+  const auto most = [&](int64_t rows) { return a.m < rows ? a.m : rows; };
+  if (a.weights->quantization.bits) return run_passes<T>(a, QuantizedRows(most(QuantizedRows::kMostRows), a.c));
+  run_passes<T>(a, DenseRows<T>(most(DenseRows<T>::kMostRows), a.c));
 }
 
 }  // namespace

@@ -7,6 +7,9 @@
 #define LK_VARIANT_SCALAR 1
 #endif
 
+#if defined(LK_VARIANT_AVX512_AMX)
+#define LK_VARIANT_AVX512_BF16 1
+#endif
 #if defined(LK_VARIANT_AVX512_BF16)
 #define LK_VARIANT_AVX512 1
 #endif
