@@ -12,7 +12,7 @@ from layerskip_kernels.native import _cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNABLE = [v for v in _cpu.build_info()["variants"] if not _cpu.why_variant_unsupported(v)]
-EMULATED = [v for v in ("avx512", "avx512_bf16", "neon", "neon_bf16") if v not in RUNNABLE]
+EMULATED = [v for v in ("avx512", "avx512_bf16", "avx512_amx", "neon", "neon_bf16") if v not in RUNNABLE]
 OPTIONS = {
     # die_after_fork: the child starts threads of its own, which is what is tested.
     "TSAN_OPTIONS": "die_after_fork=0 halt_on_error=1",

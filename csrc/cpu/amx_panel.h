@@ -70,7 +70,7 @@ LK_INLINE void transpose(vf (&v)[16]) {
 template <>
 struct DenseRows<bf16> {
   static constexpr int64_t kTileRows = 64;  // weight rows of four tiles
-  static constexpr int64_t kMostRows = 256;
+  static constexpr int64_t kMostRows = 256;  // per pass over the weights
   static constexpr int64_t kPackedTogether = 16;
   static constexpr int64_t kTile = 16;   // rows
   static constexpr int64_t kStep = 32;   // columns
@@ -84,6 +84,11 @@ struct DenseRows<bf16> {
     data = static_cast<bf16*>(workspace(use, size_t(groups * kTile * padded) * sizeof(bf16)));
   }
 
+  // As many as half of the second-level cache holds.
+  static int64_t most_rows(int64_t c) {
+    const int64_t rows = (1 << 20) / (int64_t(sizeof(bf16)) * (c + 1)) / (2 * kTile) * (2 * kTile);
+    return rows < 2 * kTile ? 2 * kTile : rows < kMostRows ? rows : kMostRows;
+  }
   int64_t cols(int64_t group) const { return m - group * kTile < kTile ? m - group * kTile : kTile; }
   const bf16* group_at(int64_t group) const { return data + group * kTile * padded; }
 
@@ -106,38 +111,51 @@ struct DenseRows<bf16> {
     }
   }
 
-  // Dot products of every x row and the weight rows [begin, end).
+  // Dot products of every x row and the weight rows [begin, end). Rows up to w.n are likely to be this thread's next.
   void panel(const Matrix& w, int64_t begin, int64_t end, Totals out) const {
-    const bf16* rows = static_cast<const bf16*>(w.data) + begin * w.stride;
-    const int64_t count = end - begin;
+    const int64_t pairs = m / kTile / 2 + (m % (2 * kTile) > kTile ? 1 : 0);
     Tiles tiles;
     Tiles::keep(data);
-    for (int64_t m0 = 0; m0 < m; m0 += 2 * kTile, out.data += 2 * kTile * out.stride) {
-      const int64_t group = m0 / kTile;
-      const bool two = m - m0 > kTile;
-      int64_t n = 0;
-      if (two) {
-        for (; n + 32 <= count; n += 32) block<2, 2>(tiles, rows + n * w.stride, w.stride, kTile, group, at(out, n));
-      } else {
-        for (; n + 64 <= count; n += 64) block<4, 1>(tiles, rows + n * w.stride, w.stride, kTile, group, at(out, n));
-        if (n + 32 <= count) block<2, 1>(tiles, rows + n * w.stride, w.stride, kTile, group, at(out, n)), n += 32;
-      }
-      for (; n < count; n += kTile) {
-        const int64_t left = count - n < kTile ? count - n : kTile;
-        if (two) block<1, 2>(tiles, rows + n * w.stride, w.stride, left, group, at(out, n));
-        else block<1, 1>(tiles, rows + n * w.stride, w.stride, left, group, at(out, n));
-      }
+    const auto rows = [&](int64_t n) { return end - n < kTile ? end - n : kTile; };
+    const auto totals_of = [&](int64_t group, int64_t n) {
+      return Totals{out.data + group * kTile * out.stride + n - begin, out.stride};
+    };
+    if (pairs > 0) {
+      // The processor by itself fetches the rows at hand, and none while these are multiplied with more x rows.
+      const int64_t share = pairs > 1 ? 2 * kTile / pairs : 0;
+      int64_t n = begin;
+      for (; n + 2 * kTile <= end; n += 2 * kTile)
+        for (int64_t pair = 0; pair < pairs; ++pair) {
+          const int64_t next = n + 2 * kTile + pair * share;
+          const Fetch fetch{next, next + share <= w.n ? share : 0};
+          block<2, 2>(tiles, w, n, kTile, 2 * pair, fetch, totals_of(2 * pair, n));
+        }
+      for (; n < end; n += kTile)
+        for (int64_t pair = 0; pair < pairs; ++pair)
+          block<1, 2>(tiles, w, n, rows(n), 2 * pair, Fetch{}, totals_of(2 * pair, n));
+    }
+    const int64_t last = 2 * pairs;
+    if (last * kTile < m) {
+      int64_t n = begin;
+      for (; n + 4 * kTile <= end; n += 4 * kTile) block<4, 1>(tiles, w, n, kTile, last, Fetch{}, totals_of(last, n));
+      for (; n + 2 * kTile <= end; n += 2 * kTile) block<2, 1>(tiles, w, n, kTile, last, Fetch{}, totals_of(last, n));
+      for (; n < end; n += kTile) block<1, 1>(tiles, w, n, rows(n), last, Fetch{}, totals_of(last, n));
     }
     _tile_release();  // what is not in use needs not be saved when threads take turns
   }
 
  private:
-  static Totals at(Totals out, int64_t n) { return {out.data + n, out.stride}; }
+  // Weight rows to be fetched into the second-level cache meanwhile.
+  struct Fetch {
+    int64_t row = 0, count = 0;
+  };
 
-  // kW tiles of weight rows from w on, times kX groups of x rows from `group` on. The last tile of weights has `rows`.
+  // kW tiles of weight rows from n on, times kX groups of x rows from `group` on. The last tile of weights has `rows`.
   template <int kW, int kX>
-  void block(Tiles& tiles, const bf16* w, int64_t stride, int64_t rows, int64_t group, Totals out) const {
-    const int64_t first = cols(group), second = kX > 1 ? cols(group + 1) : 0;
+  void block(Tiles& tiles, const Matrix& weight, int64_t n, int64_t rows, int64_t group, Fetch fetch, Totals out) const {
+    const int64_t first = cols(group), second = kX > 1 ? cols(group + 1) : 0, stride = weight.stride;
+    const bf16* w = static_cast<const bf16*>(weight.data) + n * stride;
+    const bf16* ahead = w + (fetch.row - n) * stride;
     tiles.shape(rows, first, second);
     _tile_zero(0);
     if constexpr (kW * kX > 1) _tile_zero(1);
@@ -148,8 +166,11 @@ struct DenseRows<bf16> {
     const bf16 *x = group_at(group), *y = group_at(group + 1);
     int64_t k = 0;
 #pragma GCC unroll 1
-    for (; k + kStep <= c; k += kStep, x += kStep * first, y += kStep * second)
+    for (; k + kStep <= c; k += kStep, x += kStep * first, y += kStep * second) {
+      if constexpr (kW * kX == 4 && kX == 2)
+        for (int64_t i = 0; i < fetch.count; ++i) prefetch_l2(ahead + i * stride + k);
       step<kW, kX>(w + k, 2 * stride, x, 4 * first, y, 4 * second);
+    }
     if (k < c) {
       alignas(64) bf16 last[kW * kTile][kStep] = {};
       for (int64_t j = 0; j < (kW - 1) * kTile + rows; ++j)
@@ -157,33 +178,23 @@ struct DenseRows<bf16> {
       Tiles::keep(last);
       step<kW, kX>(last[0], 2 * kStep, x, 4 * first, y, 4 * second);
     }
-    if constexpr (kX == 1) {
-      alignas(64) float sums[kW * kTile * kTile];
-      const int64_t size = 4 * first;  // bytes of a row of sums
-      float* to = first == 1 ? out.data : sums;
-      _tile_stored(0, to, size);
-      if constexpr (kW > 1) _tile_stored(1, to + kTile * first, size);
-      if constexpr (kW > 2) {
-        _tile_stored(2, to + 2 * kTile * first, size);
-        _tile_stored(3, to + 3 * kTile * first, size);
-      }
-      Tiles::keep(to);
-      if (first > 1)
-        for (int i = 0; i < kW; ++i) write(sums + i * kTile * first, first, i < kW - 1 ? kTile : rows, at(out, i * kTile));
-    } else {
-      alignas(64) float sums[kW][2][kTile * kTile];
-      _tile_stored(0, sums[0][0], 4 * first);
-      _tile_stored(1, sums[0][1], 4 * second);
-      if constexpr (kW > 1) {
-        _tile_stored(2, sums[1][0], 4 * first);
-        _tile_stored(3, sums[1][1], 4 * second);
-      }
-      Tiles::keep(sums);
-      for (int i = 0; i < kW; ++i) {
-        const int64_t some = i < kW - 1 ? kTile : rows;
-        write(sums[i][0], first, some, at(out, i * kTile));
-        write(sums[i][1], second, some, at({out.data + kTile * out.stride, out.stride}, i * kTile));
-      }
+    alignas(64) float sums[4][kTile * kTile];
+    float* alone = out.data;  // where totals of one x row lie side by side, as its sums do
+    const bool direct = kX == 1 && first == 1;
+    const auto at = [&](int i) { return direct ? alone + i * kTile : sums[i]; };
+    const int64_t size = 4 * first, second_size = kX > 1 ? 4 * second : size;  // bytes of a row of sums
+    _tile_stored(0, at(0), size);
+    if constexpr (kW * kX > 1) _tile_stored(1, at(1), second_size);
+    if constexpr (kW * kX > 2) {
+      _tile_stored(2, at(2), size);
+      _tile_stored(3, at(3), second_size);
+    }
+    Tiles::keep(at(0));
+    if (direct) return;
+    for (int i = 0; i < kW * kX; ++i) {
+      const int64_t tile = i / kX, x_row = i % kX * kTile;
+      write(sums[i], i % kX ? second : first, tile < kW - 1 ? kTile : rows,
+            {out.data + x_row * out.stride + tile * kTile, out.stride});
     }
   }
 

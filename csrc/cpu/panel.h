@@ -156,6 +156,7 @@ struct DenseRows {
   static constexpr int64_t kTileRows = lk::LK_VARIANT::kTileRows;
   static constexpr int64_t kMostRows = kMaxPackedRows;
   static constexpr int64_t kPackedTogether = 1;
+  static int64_t most_rows(int64_t) { return kMostRows; }
 
   typename Dot<T>::X* data;
   int64_t stride, m, c;

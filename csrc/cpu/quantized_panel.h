@@ -19,6 +19,7 @@ struct QuantizedRows {
   static constexpr int64_t kTileRows = lk::LK_VARIANT::kTileRows;
   static constexpr int64_t kMostRows = kMaxPackedRows;
   static constexpr int64_t kPackedTogether = 1;
+  static int64_t most_rows(int64_t) { return kMostRows; }
 
   char* data;
   int64_t m, c;  // m may become smaller, until rows are packed

@@ -75,11 +75,13 @@ void run_pass(const Pass<Rows>& pass) {
 }
 
 template <class T, class Rows>
-void run_passes(const SmallLinearArgs& a, Rows rows) {
+void run_passes(const SmallLinearArgs& a) {
+  const int64_t most = Rows::most_rows(a.c);
+  Rows rows(a.m < most ? a.m : most, a.c);
   char* normed = nullptr;
   if (a.norm_weight) normed = static_cast<char*>(workspace(Workspace::linear_norm, size_t(rows.m * a.c) * sizeof(T)));
-  for (int64_t first = 0; first < a.m; first += Rows::kMostRows) {
-    rows.m = a.m - first < Rows::kMostRows ? a.m - first : Rows::kMostRows;
+  for (int64_t first = 0; first < a.m; first += most) {
+    rows.m = a.m - first < most ? a.m - first : most;
     auto pack = [&](int64_t task) {
       const int64_t row = task * Rows::kPackedTogether;
       const int64_t count = rows.m - row < Rows::kPackedTogether ? rows.m - row : Rows::kPackedTogether;
@@ -98,9 +100,8 @@ void run_passes(const SmallLinearArgs& a, Rows rows) {
 
 template <class T>
 void run(const SmallLinearArgs& a) {
-  const auto most = [&](int64_t rows) { return a.m < rows ? a.m : rows; };
-  if (a.weights->quantization.bits) return run_passes<T>(a, QuantizedRows(most(QuantizedRows::kMostRows), a.c));
-  run_passes<T>(a, DenseRows<T>(most(DenseRows<T>::kMostRows), a.c));
+  if (a.weights->quantization.bits) return run_passes<T, QuantizedRows>(a);
+  run_passes<T, DenseRows<T>>(a);
 }
 
 }  // namespace

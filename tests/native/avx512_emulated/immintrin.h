@@ -115,6 +115,16 @@ EMULATED __m512 permute(__m512i index, __m512 x) {
   memcpy(&x, to, sizeof(x));
   return x;
 }
+EMULATED __m512 permute_two(__m512 a, __m512i index, __m512 b) {
+  float from[32], to[16];
+  int32_t lanes[16];
+  memcpy(from, &a, sizeof(a));
+  memcpy(from + 16, &b, sizeof(b));
+  memcpy(lanes, &index, sizeof(index));
+  for (int i = 0; i < 16; ++i) to[i] = from[lanes[i] & 31];
+  memcpy(&a, to, sizeof(a));
+  return a;
+}
 EMULATED __m512i permute_words(uint32_t mask, __m512i index, __m512i x) {
   uint16_t from[32], lanes[32], to[32];
   memcpy(from, &x, sizeof(x));
@@ -195,6 +205,7 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_castps512_ps128(x) emulated::half<__m128>(x, 0)
 #define _mm512_castsi256_si512(x) emulated::join<__m512i>(x, _mm256_set1_epi32(0x5a5a5a5a))  // undefined there
 #define _mm512_permutexvar_ps(index, x) emulated::permute(index, x)
+#define _mm512_permutex2var_ps(a, index, b) emulated::permute_two(a, index, b)
 #define _mm512_maskz_permutexvar_epi16(mask, index, x) emulated::permute_words(mask, index, x)
 #define _mm512_cmp_ps_mask(a, b, predicate) emulated::compare<predicate>(a, b)
 #define _mm512_mask_mov_ps(a, mask, b) emulated::blend<__m512>(a, mask, b)
@@ -225,3 +236,5 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_mask_storeu_ps(p, mask, x) emulated::store<float>(p, mask, x)
 #define _mm512_store_si512(p, x) emulated::store<uint32_t>(emulated::aligned(p), ~0ull, x)
 #define _mm256_mask_storeu_epi16(p, mask, x) emulated::store<uint16_t>(p, mask, x)
+
+#include "tiles.h"
