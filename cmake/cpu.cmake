@@ -36,8 +36,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
         list(APPEND LAYERSKIP_FLAGS_avx512 -Wno-maybe-uninitialized -Wno-uninitialized)
     endif()
     set(LAYERSKIP_FLAGS_avx512_bf16 ${LAYERSKIP_FLAGS_avx512} -mavx512bf16 -mavx512vnni)
-    set(LAYERSKIP_FLAGS_avx512_amx ${LAYERSKIP_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16)
-    check_cxx_compiler_flag("-mamx-tile -mamx-bf16" LAYERSKIP_COMPILES_AMX)  # GCC 11, Clang 12
+    set(LAYERSKIP_FLAGS_avx512_amx ${LAYERSKIP_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16 -mamx-int8)
+    check_cxx_compiler_flag("-mamx-tile -mamx-bf16 -mamx-int8" LAYERSKIP_COMPILES_AMX)  # GCC 11, Clang 12
     if(LAYERSKIP_COMPILES_AMX AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
         list(APPEND variants avx512_amx)
     endif()

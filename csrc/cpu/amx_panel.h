@@ -6,74 +6,15 @@
 // apart, then added to the sum). The order of an output's sums follows from its columns alone.
 #pragma once
 
-#include <immintrin.h>
+#include "cpu/amx_tiles.h"
 
 namespace lk::LK_VARIANT {
-
-// The shapes of the tile registers: sums in 0 to 3, weights in 4 and 5, x in 6 and 7. A register that is not in use has no
-// rows.
-class Tiles {
- public:
-  // From here on tiles have `rows` weight rows, and x rows: first of those in sums 0 and 2 and x 6, then in 1, 3 and 7. With
-  // second == 0 all have `first`.
-  void shape(int64_t rows, int64_t first, int64_t second) {
-    if (rows == rows_ && first == first_ && second == second_) return;
-    rows_ = rows, first_ = first, second_ = second;
-    Config config;
-    for (int i = 0; i < 8; ++i) {
-      const int64_t cols = i % 2 && second ? second : first;
-      config.rows[i] = uint8_t(i < 6 ? rows : 16);
-      config.row_bytes[i] = uint16_t(i == 4 || i == 5 ? 64 : 4 * cols);
-    }
-    keep(&config);
-    _tile_loadconfig(&config);
-  }
-
-  // To the compiler the instructions read and write no memory: what was stored at `data` is now, and is read again.
-  LK_MEMBER void keep(const void* data) { asm volatile("" : : "r"(data) : "memory"); }
-
- private:
-  struct alignas(64) Config {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  };
-  int64_t rows_ = 0, first_ = 0, second_ = 0;
-};
-
-// v[i][j] and v[j][i] change places.
-LK_INLINE void transpose(vf (&v)[16]) {
-  alignas(64) static constexpr struct Index {
-    int32_t low[4][16] = {}, high[4][16] = {};
-    constexpr Index() {
-      for (int stage = 0; stage < 4; ++stage)
-        for (int j = 0; j < 16; ++j) {
-          const int half = 8 >> stage;
-          low[stage][j] = j & half ? 16 + j - half : j;
-          high[stage][j] = j & half ? 16 + j : j + half;
-        }
-    }
-  } kIndex;
-  LK_UNROLL for (int stage = 0; stage < 4; ++stage) {
-    const int half = 8 >> stage;
-    const __m512i low = _mm512_load_si512(kIndex.low[stage]), high = _mm512_load_si512(kIndex.high[stage]);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      if (i & half) continue;
-      const vf a = v[i], b = v[i + half];
-      v[i] = _mm512_permutex2var_ps(a, low, b);
-      v[i + half] = _mm512_permutex2var_ps(a, high, b);
-    }
-  }
-}
 
 template <>
 struct DenseRows<bf16> {
   static constexpr int64_t kTileRows = 64;  // weight rows of four tiles
   static constexpr int64_t kMostRows = 256;  // per pass over the weights
-  static constexpr int64_t kPackedTogether = 16;
-  static constexpr int64_t kTile = 16;   // rows
-  static constexpr int64_t kStep = 32;   // columns
+  static constexpr int64_t kStep = 32;  // columns of a product
 
   bf16* data;  // [groups of 16 rows][pairs of columns][rows of the group][2]; the last group may have fewer
   int64_t padded, m, c;
@@ -89,6 +30,7 @@ struct DenseRows<bf16> {
     const int64_t rows = (1 << 20) / (int64_t(sizeof(bf16)) * (c + 1)) / (2 * kTile) * (2 * kTile);
     return rows < 2 * kTile ? 2 * kTile : rows < kMostRows ? rows : kMostRows;
   }
+  int64_t packed_together() const { return kTile; }
   int64_t cols(int64_t group) const { return m - group * kTile < kTile ? m - group * kTile : kTile; }
   const bf16* group_at(int64_t group) const { return data + group * kTile * padded; }
 
@@ -200,8 +142,7 @@ struct DenseRows<bf16> {
 
   // One step of columns.
   template <int kW, int kX>
-  LK_MEMBER void step(const bf16* w, int64_t w_bytes, const bf16* x, int64_t x_bytes, const bf16* y,
-                             int64_t y_bytes) {
+  LK_MEMBER void step(const bf16* w, int64_t w_bytes, const bf16* x, int64_t x_bytes, const bf16* y, int64_t y_bytes) {
     const auto rows_at = [&](int tile) { return reinterpret_cast<const char*>(w) + tile * kTile * w_bytes; };
     _tile_loadd(6, x, x_bytes);
     _tile_loadd(4, rows_at(0), w_bytes);

@@ -118,13 +118,13 @@ std::string why_variant_unsupported(const std::string& variant) {
                             {"AVX512VL", bool(seven.b >> 31 & 1)},
                             {"the saved ZMM state", zmm}};
   const bool amx = variant == "avx512_amx", bf16 = amx || variant == "avx512_bf16";
-  const bool tiles = (state & 0x60000) == 0x60000 && (seven.d >> 24 & 1) && (seven.d >> 22 & 1);
+  const bool tiles = (state & 0x60000) == 0x60000 && (seven.d >> 22 & 13) == 13;
   if (variant == "avx2") return missing({avx2[0], avx2[1], avx2[2], avx2[3]});
   if (variant == "avx512" || bf16)
     return missing({avx2[0], avx2[1], avx2[2], avx2[3], avx512[0], avx512[1], avx512[2], avx512[3], avx512[4],
                     {"AVX512_BF16", !bf16 || bool(seven_one.a >> 5 & 1)},
                     {"AVX512_VNNI", !bf16 || bool(seven.c >> 11 & 1)},
-                    {"AMX with bfloat16", !amx || (tiles && allowed_tiles())}});
+                    {"AMX", !amx || (tiles && allowed_tiles())}});
 #elif defined(__aarch64__)
   if (variant == "neon") return "";
   if (variant == "neon_bf16")

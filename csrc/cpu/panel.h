@@ -155,8 +155,8 @@ template <class T>
 struct DenseRows {
   static constexpr int64_t kTileRows = lk::LK_VARIANT::kTileRows;
   static constexpr int64_t kMostRows = kMaxPackedRows;
-  static constexpr int64_t kPackedTogether = 1;
   static int64_t most_rows(int64_t) { return kMostRows; }
+  int64_t packed_together() const { return 1; }  // rows that are packed by one call, because they share cache lines
 
   typename Dot<T>::X* data;
   int64_t stride, m, c;
@@ -165,8 +165,8 @@ struct DenseRows {
       : stride(packed_size<T>(columns)), m(rows), c(columns) {
     data = static_cast<typename Dot<T>::X*>(workspace(use, size_t(rows * stride) * sizeof(*data)));
   }
-  // Rows [row, row + count) are those at x and behind, x_stride elements apart; row is a multiple of kPackedTogether, and
-  // count as much, or what is left.
+  // Rows [row, row + count) are those at x and behind, x_stride elements apart; row is a multiple of packed_together(),
+  // and count as much, or what is left.
   void pack(int64_t row, int64_t count, const T* x, int64_t x_stride) {
     for (int64_t i = 0; i < count; ++i) pack_row(x + i * x_stride, c, data + (row + i) * stride);
   }
@@ -181,8 +181,9 @@ struct DenseRows {
 // Packs all rows: those at x and behind, x_stride elements apart.
 template <class Rows, class T>
 LK_INLINE void pack_all(Rows& rows, const T* x, int64_t x_stride) {
-  for (int64_t row = 0, left = rows.m; left > 0; row += Rows::kPackedTogether, left -= Rows::kPackedTogether)
-    rows.pack(row, left < Rows::kPackedTogether ? left : Rows::kPackedTogether, x + row * x_stride, x_stride);
+  const int64_t together = rows.packed_together();
+  for (int64_t row = 0; row < rows.m; row += together)
+    rows.pack(row, rows.m - row < together ? rows.m - row : together, x + row * x_stride, x_stride);
 }
 
 }  // namespace lk::LK_VARIANT

@@ -1,6 +1,9 @@
 // How x becomes integers with a scale for each block, and where they go: see quantized_panel.h.
 #include "cpu/quantized_dot.h"
 #include "cpu/quantized_panel.h"
+#if defined(LK_VARIANT_AVX512_AMX)
+#include "cpu/quantized_tiles.h"
+#endif
 #include "cpu/workspace.h"
 
 namespace lk::LK_VARIANT {
@@ -67,12 +70,19 @@ void pack_row(const QuantizedRows& rows, int64_t row, const T* x) {
     for (int64_t i = 0; i < unit.blocks; ++i) largest[i] = largest_of(from + i * kBlock, count - i * kBlock, &none);
     for (int64_t i = 0; i < unit.blocks; ++i)
       scales[i] = integers_of(from + i * kBlock, count - i * kBlock, largest[i], q + i * kBlock);
+#if defined(LK_VARIANT_AVX512_AMX)
+    if (first / kLanes < rows.tiled()) {
+      place_tiled(TiledUnit(rows, first / kLanes), row, q, scales);
+      first += unit.blocks;
+      continue;
+    }
+#endif
     place_unit(q, unit.blocks, rows.words_of(first, row), rows.m * kBlock, packed->sums);
     for (int64_t lane = 0; lane < kLanes; ++lane) packed->scales[lane] = scales[lane * unit.blocks / kLanes];
     first += unit.blocks;
   }
   const float nothing = sum(none);
-  if (nothing != 0) rows.lanes_of(0, row)->scales[0] = nothing;
+  if (nothing != 0) (rows.tiled() ? rows.lanes_of(0, 0)->scales[row] : rows.lanes_of(0, row)->scales[0]) = nothing;
 }
 
 }  // namespace

@@ -1,11 +1,12 @@
 #include "cpu/quantized_panel.h"
 
-#include "cpu/quantized_dot.h"
+#include "cpu/quantized_scales.h"
+#if defined(LK_VARIANT_AVX512_AMX)
+#include "cpu/quantized_tiles.h"
+#endif
 
 namespace lk::LK_VARIANT {
 namespace {
-
-constexpr bool kWholeSteps = kHalves == 1;  // with AVX-512
 
 // Packed x that weight rows are multiplied with before the next columns are: it stays in the second-level cache, or with
 // tiles of fewer x rows, which read it faster, in the first.
@@ -28,37 +29,6 @@ constexpr int64_t most_cols(int64_t m) {
   return kBits == 8 ? 8 : m <= 6 || (m > 8 && m <= 12) ? 6 : 4;
 }
 
-// A unit of columns, and where its lanes find their scales: lane l of half h at first[h] + lanes[h][l] of a row.
-struct Columns {
-  Unit unit;
-  int64_t count;  // less than a block where they are what is left
-  int64_t first[kHalves], scales[kHalves];
-  alignas(64) int32_t lanes[kHalves][kWidth];
-};
-
-LK_INLINE void columns_of(const Unit& unit, int64_t c, int64_t per_group, int64_t groups, Columns* all) {
-  const int64_t left = c - unit.first * kBlock;
-  all->unit = unit;
-  all->count = left < unit.blocks * kBlock ? left : unit.blocks * kBlock;
-  for (int h = 0; h < kHalves; ++h) {
-    const auto group = [&](int64_t lane) {
-      const int64_t block = unit.first + ((h * kWidth + lane) * unit.blocks >> 4);
-      return per_group == 1 ? block : block / per_group;  // divisions take time, and every call does this
-    };
-    // A whole vector where a row has so many, as this takes less time, too.
-    const int64_t first = group(0);
-    all->first[h] = groups < kWidth || first + kWidth <= groups ? first : groups - kWidth;
-    all->scales[h] = groups < kWidth ? groups - first : kWidth;
-    if (per_group == 1) {
-      const int32_t skipped = int32_t(first - all->first[h]), blocks = int32_t(unit.blocks);
-      for (int32_t l = 0; l < kWidth; ++l) all->lanes[h][l] = skipped + (l * blocks >> 4);
-    } else {
-      for (int l = 0; l < kWidth; ++l) all->lanes[h][l] = int32_t(group(l) - all->first[h]);
-    }
-  }
-}
-static_assert(kLanes == 1 << 4);
-
 // What a pass over the columns [blocks from first to last) of some weight rows needs.
 struct Span {
   const QuantizedRows& x;
@@ -74,30 +44,12 @@ struct Ahead {
   int64_t bytes, scale_bytes;
 };
 
-LK_INLINE int64_t scale_size(const Quantization& q) { return int64_t(size_of(DType(q.scale_dtype))); }
-
-// The scales (or offsets) from `first` on, those of the lanes of one half.
-template <class T>
-LK_INLINE vf of_lanes(const T* first, const Columns& columns, int half) {
-  const int64_t count = columns.scales[half];
-  return permute(kWholeSteps || count < kWidth ? load(first, count) : load(first), columns.lanes[half]);
-}
-
-#if defined(LK_VARIANT_AVX512)
-// Widened and permuted by one instruction.
-LK_INLINE vf of_lanes(const bf16* first, const Columns& columns, int half) {
-  const __m512i words = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(first_lanes(columns.scales[half]), first));
-  const __m512i high = _mm512_slli_epi32(_mm512_loadu_si512(columns.lanes[half]), 16);
-  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, high, words));
-}
-#endif
-
 // Offset times the sum of x, which is added to a unit's products where the weight has offsets.
 template <int kRows, int kCols>
 __attribute__((noinline)) void add_offsets(const Quantization& q, int64_t n, const PackedLanes* x, const Columns& columns,
                                            int half, vf* sums) {
   for (int j = 0; j < kRows; ++j) {
-    const vf offset = of_lanes(q.offset + (n + j) * q.offset_stride + columns.first[half], columns, half);
+    const vf offset = offsets_of(q, n + j, columns, half);
     for (int i = 0; i < kCols; ++i) {
       const vf total = __builtin_convertvector(load_vector<Ints>(x[i].sums + half * kWidth), vf);
       vf& sum = sums[(i * kTileRows + j) * kHalves + half];
@@ -225,8 +177,11 @@ void rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, T
   if (lead > kTileRows) lead = kTileRows;
   vf sums[kMaxPackedRows * kTileRows * kHalves];
   if (blocks == 0) memset(sums, 0, sizeof(sums));  // no tile will begin them
-  int64_t unit = 0;
-  for (int64_t first = 0; first < blocks; first += step) {
+  int64_t unit = x.tiled();
+#if defined(LK_VARIANT_AVX512_AMX)
+  if (unit > 0) begin_tiled<kBits>(w, x, begin, end, sums);
+#endif
+  for (int64_t first = unit * kLanes; first < blocks; first += step) {
     const int64_t last = first + step < blocks ? first + step : blocks;
     Columns columns[kMostUnits];
     int64_t count_units = 0;
@@ -286,9 +241,14 @@ void rows_of_width(const Matrix& w, const QuantizedRows& x, int64_t begin, int64
 }  // namespace
 
 void QuantizedRows::panel(const Matrix& w, int64_t begin, int64_t end, Totals out) const {
-  for (; begin < end; begin += kTileRows, out.data += kTileRows) {
-    const int64_t stop = begin + kTileRows < end ? begin + kTileRows : end;
-    if (w.quantization.bits == 8) rows_of_width<8>(w, *this, begin, stop, out); else rows_of_width<4>(w, *this, begin, stop, out);
+  const bool bytes = w.quantization.bits == 8;
+#if defined(LK_VARIANT_AVX512_AMX)
+  if (tiled() > 0 && tiled() == units()) return bytes ? all_tiled<8>(w, *this, begin, end, out) : all_tiled<4>(w, *this, begin, end, out);
+#endif
+  constexpr int64_t kRows = lk::LK_VARIANT::kTileRows;
+  for (; begin < end; begin += kRows, out.data += kRows) {
+    const int64_t stop = begin + kRows < end ? begin + kRows : end;
+    if (bytes) rows_of_width<8>(w, *this, begin, stop, out); else rows_of_width<4>(w, *this, begin, stop, out);
   }
 }
 

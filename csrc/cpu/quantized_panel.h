@@ -14,17 +14,21 @@ struct PackedLanes {
 
 // x rows as products with quantized weights take them: 16-bit integers [steps, m, 64] (a block has one step; for the
 // order of the 64 see quantized_words.h and quantized_bytes.h) and behind them PackedLanes [units, m]. So a tile finds its rows
-// at fixed distances.
+// at fixed distances. The tiled() units in front have the same room, and are as quantized_tiles.h says.
 struct QuantizedRows {
+#if defined(LK_VARIANT_AVX512_AMX)
+  static constexpr int64_t kTileRows = 2 * lk::LK_VARIANT::kTileRows;  // three tiles
+#else
   static constexpr int64_t kTileRows = lk::LK_VARIANT::kTileRows;
+#endif
   static constexpr int64_t kMostRows = kMaxPackedRows;
-  static constexpr int64_t kPackedTogether = 1;
-  static int64_t most_rows(int64_t) { return kMostRows; }
 
   char* data;
   int64_t m, c;  // m may become smaller, until rows are packed
 
   QuantizedRows(int64_t rows, int64_t columns, Workspace use = Workspace::linear_x);
+  static int64_t most_rows(int64_t) { return kMostRows; }
+  int64_t packed_together() const { return tiled() ? kLanes : 1; }
   template <class T>
   void pack(int64_t row, int64_t count, const T* x, int64_t x_stride);
 
@@ -35,6 +39,14 @@ struct QuantizedRows {
   int64_t blocks() const { return (c + kBlock - 1) / kBlock; }
   int64_t units() const {
     return whole() / kLanes + __builtin_popcountll(uint64_t(whole() % kLanes)) + (c % kBlock ? 1 : 0);
+  }
+  // Units of 16 blocks that AMX multiplies. With fewer rows of x, vectors do it sooner.
+  int64_t tiled() const {
+#if defined(LK_VARIANT_AVX512_AMX)
+    return m >= 5 ? whole() / kLanes : 0;
+#else
+    return 0;
+#endif
   }
   int16_t* words_of(int64_t step, int64_t row) const {
     return reinterpret_cast<int16_t*>(data) + (step * m + row) * kBlock;

@@ -82,9 +82,9 @@ void run_passes(const SmallLinearArgs& a) {
   if (a.norm_weight) normed = static_cast<char*>(workspace(Workspace::linear_norm, size_t(rows.m * a.c) * sizeof(T)));
   for (int64_t first = 0; first < a.m; first += most) {
     rows.m = a.m - first < most ? a.m - first : most;
+    const int64_t together = rows.packed_together();
     auto pack = [&](int64_t task) {
-      const int64_t row = task * Rows::kPackedTogether;
-      const int64_t count = rows.m - row < Rows::kPackedTogether ? rows.m - row : Rows::kPackedTogether;
+      const int64_t row = task * together, count = rows.m - row < together ? rows.m - row : together;
       const T* x = static_cast<const T*>(a.x) + (first + row) * a.x_stride;
       if (!normed) return rows.pack(row, count, x, a.x_stride);
       T* to = reinterpret_cast<T*>(normed) + row * a.c;
@@ -92,8 +92,7 @@ void run_passes(const SmallLinearArgs& a) {
         rms_norm_row(x + i * a.x_stride, static_cast<const T*>(a.norm_weight), a.norm_eps, to + i * a.c, a.c);
       rows.pack(row, count, to, a.c);
     };
-    const int64_t tasks = (rows.m + Rows::kPackedTogether - 1) / Rows::kPackedTogether;
-    parallel_for(rows.m * a.c < kLeastToShare ? 1 : a.num_threads, tasks, pack);
+    parallel_for(rows.m * a.c < kLeastToShare ? 1 : a.num_threads, (rows.m + together - 1) / together, pack);
     run_pass<T>(Pass<Rows>{a, rows, first});
   }
 }

@@ -75,6 +75,20 @@ static inline void multiply_bf16(int sums, int a, int b) {
     }
 }
 
+// Bytes, a signed.
+template <class B>
+EMULATED void multiply_bytes(int sums, int a, int b) {
+  Tile &s = configured(sums), &x = configured(a), &y = configured(b);
+  check_shapes(s, x, y);
+  for (int m = 0; m < s.rows; ++m)
+    for (int n = 0; n < s.bytes / 4; ++n) {
+      int32_t sum = element<int32_t>(s, m, n);
+      for (int k = 0; k < x.bytes; ++k)
+        sum += element<int8_t>(x, m, k) * element<B>(y, k / 4, 4 * n + k % 4);
+      memcpy(s.data[m] + n * 4, &sum, 4);
+    }
+}
+
 }  // namespace emulated
 
 #undef _tile_loadconfig
@@ -83,9 +97,13 @@ static inline void multiply_bf16(int sums, int a, int b) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_dpbssd
+#undef _tile_dpbsud
 #define _tile_loadconfig(p) emulated::configure_tiles(p)
 #define _tile_release() emulated::release_tiles()
 #define _tile_zero(i) emulated::zero_tile(i)
 #define _tile_loadd(i, base, stride) emulated::load_tile(i, base, stride)
 #define _tile_stored(i, base, stride) emulated::store_tile(i, base, stride)
 #define _tile_dpbf16ps(sums, a, b) emulated::multiply_bf16(sums, a, b)
+#define _tile_dpbssd(sums, a, b) emulated::multiply_bytes<int8_t>(sums, a, b)
+#define _tile_dpbsud(sums, a, b) emulated::multiply_bytes<uint8_t>(sums, a, b)
