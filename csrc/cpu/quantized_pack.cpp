@@ -58,9 +58,10 @@ LK_INLINE void place_unit(const int32_t* q, int64_t blocks, int16_t* words, int6
 
 template <class T>
 void pack_row(const QuantizedRows& rows, int64_t row, const T* x) {
-  PackedLanes* packed = rows.lanes_of(0, row);
+  PackedLanes* packed = rows.lanes_of(rows.tiled(), row);
+  float* first_scale = packed->scales;
   vf none = zero();
-  for (int64_t first = 0; first < rows.blocks(); packed += rows.m) {
+  for (int64_t first = 0; first < rows.blocks();) {
     const Unit unit = unit_from(first, rows.whole());
     const T* from = x + first * kBlock;
     const int64_t count = rows.c - first * kBlock;
@@ -70,31 +71,37 @@ void pack_row(const QuantizedRows& rows, int64_t row, const T* x) {
     for (int64_t i = 0; i < unit.blocks; ++i) largest[i] = largest_of(from + i * kBlock, count - i * kBlock, &none);
     for (int64_t i = 0; i < unit.blocks; ++i)
       scales[i] = integers_of(from + i * kBlock, count - i * kBlock, largest[i], q + i * kBlock);
+    if (first < rows.tiled() * kLanes) {
 #if defined(LK_VARIANT_AVX512_AMX)
-    if (first / kLanes < rows.tiled()) {
-      place_tiled(TiledUnit(rows, first / kLanes), row, q, scales);
-      first += unit.blocks;
-      continue;
-    }
+      const TiledUnit tiled(rows, first / kLanes);
+      place_tiled(tiled, row, q, scales);
+      if (first == 0) first_scale = tiled.scales + row;
 #endif
-    place_unit(q, unit.blocks, rows.words_of(first, row), rows.m * kBlock, packed->sums);
-    for (int64_t lane = 0; lane < kLanes; ++lane) packed->scales[lane] = scales[lane * unit.blocks / kLanes];
+    } else {
+      place_unit(q, unit.blocks, rows.words_of(first, row), rows.m * kBlock, packed->sums);
+      for (int64_t lane = 0; lane < kLanes; ++lane) packed->scales[lane] = scales[lane * unit.blocks / kLanes];
+      packed += rows.m;
+    }
     first += unit.blocks;
   }
   const float nothing = sum(none);
-  if (nothing != 0) (rows.tiled() ? rows.lanes_of(0, 0)->scales[row] : rows.lanes_of(0, row)->scales[0]) = nothing;
+  if (nothing != 0) *first_scale = nothing;
 }
 
 }  // namespace
 
 QuantizedRows::QuantizedRows(int64_t rows, int64_t columns, Workspace use) : m(rows), c(columns) {
   const int64_t bytes = blocks() * kBlock * int64_t(sizeof(int16_t)) + units() * int64_t(sizeof(PackedLanes));
-  data = static_cast<char*>(workspace(use, size_t(rows * bytes)));
+  data = static_cast<char*>(workspace(use, size_t((rows + (tiled() ? kLanes : 0)) * bytes)));
 }
 
 template <class T>
 void QuantizedRows::pack(int64_t row, int64_t count, const T* x, int64_t x_stride) {
   for (int64_t i = 0; i < count; ++i) pack_row(*this, row + i, x + i * x_stride);
+#if defined(LK_VARIANT_AVX512_AMX)
+  if (row + count == m)
+    for (int64_t unit = 0; unit < tiled(); ++unit) TiledUnit(*this, unit).fill_up(m);
+#endif
 }
 template void QuantizedRows::pack(int64_t, int64_t, const float*, int64_t);
 template void QuantizedRows::pack(int64_t, int64_t, const f16*, int64_t);

@@ -14,7 +14,7 @@ struct PackedLanes {
 
 // x rows as products with quantized weights take them: 16-bit integers [steps, m, 64] (a block has one step; for the
 // order of the 64 see quantized_words.h and quantized_bytes.h) and behind them PackedLanes [units, m]. So a tile finds its rows
-// at fixed distances. The tiled() units in front have the same room, and are as quantized_tiles.h says.
+// at fixed distances. The tiled() units in front are as quantized_tiles.h says.
 struct QuantizedRows {
 #if defined(LK_VARIANT_AVX512_AMX)
   static constexpr int64_t kTileRows = 2 * lk::LK_VARIANT::kTileRows;  // three tiles
@@ -48,11 +48,15 @@ struct QuantizedRows {
     return 0;
 #endif
   }
+  // Bytes of the tiled units: for whole tiles of rows, 16-bit integers and PackedLanes.
+  int64_t tiled_bytes() const {
+    return tiled() * ((m + kLanes - 1) / kLanes * kLanes) * (2 * kLanes * kBlock + int64_t(sizeof(PackedLanes)));
+  }
   int16_t* words_of(int64_t step, int64_t row) const {
-    return reinterpret_cast<int16_t*>(data) + (step * m + row) * kBlock;
+    return reinterpret_cast<int16_t*>(data + tiled_bytes()) + ((step - tiled() * kLanes) * m + row) * kBlock;
   }
   PackedLanes* lanes_of(int64_t unit, int64_t row) const {
-    return reinterpret_cast<PackedLanes*>(words_of(blocks(), 0)) + unit * m + row;
+    return reinterpret_cast<PackedLanes*>(words_of(blocks(), 0)) + (unit - tiled()) * m + row;
   }
 };
 

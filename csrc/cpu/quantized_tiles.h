@@ -2,9 +2,9 @@
 // their sums are those of quantized_panel.cpp.
 //
 // A unit's weights lie four columns at a time, [16 steps, 16 blocks, 4 columns]; a row of a tile is the 64 columns of one
-// block, so steps and blocks are exchanged in registers. x, of 16 bits, is 256 high + low, bytes each, and for each group
-// of up to 16 rows and each block two tiles, [2][16 steps, rows of the group, 4 columns]; its scales and sums are
-// [16 blocks, m]. What comes out are sums for 16 weight rows times 16 x rows, to be scaled, block by block.
+// block, so steps and blocks are exchanged in registers. x, of 16 bits, is 256 high + low, bytes each, and for each 16
+// rows and each block two tiles, [2][16 steps, 16 rows, 4 columns]; its scales and sums are [16 blocks, m]. Rows that fill
+// up the last tile are whatever they were, and nobody reads what comes of them. What comes out are sums for 16 weight rows times 16 x rows, to be scaled, block by block.
 #pragma once
 
 #include "cpu/amx_tiles.h"
@@ -20,34 +20,43 @@ struct TiledUnit {
   char* data;
   float* scales;
   int32_t* sums;
-  int64_t m;
+  int64_t stride;  // of scales and sums: whole tiles
 
-  TiledUnit(const QuantizedRows& x, int64_t unit) : m(x.m) {
-    data = reinterpret_cast<char*>(x.words_of(unit * kLanes, 0));
-    scales = x.lanes_of(unit, 0)->scales;
-    sums = reinterpret_cast<int32_t*>(scales + kLanes * m);
+  TiledUnit(const QuantizedRows& x, int64_t unit) : stride((x.m + kTile - 1) / kTile * kTile) {
+    data = x.data + unit * (x.tiled_bytes() / x.tiled());
+    scales = reinterpret_cast<float*>(data + stride * kUnitColumns * 2);
+    sums = reinterpret_cast<int32_t*>(scales + kLanes * stride);
   }
-  int64_t cols(int64_t row) const { return m - row < kTile ? m - row : kTile; }
+  // Rows from m on, of the last tile: nobody reads what comes of them, but with what lies there it could take long.
+  void fill_up(int64_t m) const {
+    for (int64_t block = 0; block < kLanes; ++block)
+      memset(scales + block * stride + m, 0, size_t(stride - m) * sizeof(float));
+  }
   char* tile(int64_t row, int64_t block, int64_t which) const {
-    return data + row * kUnitColumns * 2 + (block * 2 + which) * kBlock * cols(row);
+    return data + row * kUnitColumns * 2 + (block * 2 + which) * kTile * kBlock;
   }
 };
 
 // The integers of a unit of row `row`, their scales by block.
 LK_INLINE void place_tiled(const TiledUnit& unit, int64_t row, const int32_t* q, const float* scales) {
-  const int64_t first = row / kTile * kTile, stride = 4 * unit.cols(first);
+  const int64_t first = row / kTile * kTile, place = 4 * (row - first);
   for (int64_t block = 0; block < kLanes; ++block) {
-    int8_t high[kBlock];
-    uint8_t low[kBlock];
-    int32_t sum = 0;
-    for (int64_t i = 0; i < kBlock; ++i, ++q) high[i] = int8_t(*q >> 8), low[i] = uint8_t(*q), sum += *q;
-    char *highs = unit.tile(first, block, 0) + 4 * (row - first), *lows = unit.tile(first, block, 1) + 4 * (row - first);
-    for (int64_t i = 0; i < kBlock; i += 4, highs += stride, lows += stride) {
-      memcpy(highs, high + i, 4);
-      memcpy(lows, low + i, 4);
+    alignas(16) char high[kBlock], low[kBlock];
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t i = 0; i < kBlock; i += kWidth, q += kWidth) {
+      const __m512i v = _mm512_load_si512(q);
+      _mm_store_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(_mm512_srai_epi32(v, 8)));
+      _mm_store_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(v));
+      sum = _mm512_add_epi32(sum, v);
     }
-    unit.scales[block * unit.m + row] = scales[block];
-    unit.sums[block * unit.m + row] = sum;
+    char *highs = unit.tile(first, block, 0) + place, *lows = unit.tile(first, block, 1) + place;
+    LK_UNROLL for (int64_t i = 0; i < kTile; ++i) {
+      memcpy(highs + 64 * i, high + 4 * i, 4);
+      memcpy(lows + 64 * i, low + 4 * i, 4);
+    }
+    unit.scales[block * unit.stride + row] = scales[block];
+    // Sums below 2^22: exact in float, in any order.
+    unit.sums[block * unit.stride + row] = int32_t(lk::LK_VARIANT::sum(_mm512_cvtepi32_ps(sum)));
   }
 }
 
@@ -55,7 +64,8 @@ LK_INLINE void place_tiled(const TiledUnit& unit, int64_t row, const int32_t* q,
 template <int kBits>
 LK_INLINE void steps_of(const uint8_t* w, vf (&steps)[kTile]) {
   typedef uint8_t Bytes __attribute__((vector_size(64)));
-  LK_UNROLL for (int i = 0; i < 2 * kBits; ++i) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 2 * kBits; ++i) {
     const Bytes v = load_vector<Bytes>(w + i * 64);
     if constexpr (kBits == 8) {
       steps[i] = vf(v);
@@ -93,6 +103,7 @@ void sum_tiled(Tiles& tiles, const Matrix& w, const QuantizedRows& x, int64_t n,
       vf steps[kTile];
       steps_of<kBits>(row + j * w.stride, steps);
       transpose(steps);
+#pragma GCC unroll 16
       for (int64_t block = 0; block < kLanes; ++block) memcpy(weights[block][j], &steps[block], kBlock);
       store(scales[j], scales_of(q, n + j, columns, 0));
       if (q.offset) store(offsets[j], offsets_of(q, n + j, columns, 0));
@@ -102,22 +113,21 @@ void sum_tiled(Tiles& tiles, const Matrix& w, const QuantizedRows& x, int64_t n,
                           : n + 2 * kTile <= w.n ? row + kTile * w.stride - u * unit_bytes : nullptr;
     Tiles::keep(weights);
     for (int64_t m = 0; m < x.m; m += kTile) {
-      const int64_t cols = unit.cols(m);
-      tiles.shape(rows, cols, 0);
+      tiles.shape(rows, kTile, 0);
       BlockTotals totals[4];
       const auto multiply = [&](int64_t block) __attribute__((always_inline)) {
         _tile_loadd(4, weights[block], kBlock);
-        _tile_loadd(6, unit.tile(m, block, 0), 4 * cols);
+        _tile_loadd(6, unit.tile(m, block, 0), 64);
         _tile_zero(0);
         _tile_dpbssd(0, 4, 6);
-        _tile_loadd(7, unit.tile(m, block, 1), 4 * cols);
+        _tile_loadd(7, unit.tile(m, block, 1), 64);
         _tile_zero(1);
         _tile_dpbsud(1, 4, 7);
         _tile_loadd(5, weights[block + 1], kBlock);
-        _tile_loadd(6, unit.tile(m, block + 1, 0), 4 * cols);
+        _tile_loadd(6, unit.tile(m, block + 1, 0), 64);
         _tile_zero(2);
         _tile_dpbssd(2, 5, 6);
-        _tile_loadd(7, unit.tile(m, block + 1, 1), 4 * cols);
+        _tile_loadd(7, unit.tile(m, block + 1, 1), 64);
         _tile_zero(3);
         _tile_dpbsud(3, 5, 7);
         _tile_stored(0, totals[block % 4].high, 64);
@@ -127,15 +137,14 @@ void sum_tiled(Tiles& tiles, const Matrix& w, const QuantizedRows& x, int64_t n,
       };
       const auto scale = [&](int64_t block, auto before) __attribute__((always_inline)) {
         const BlockTotals& from = totals[block % 4];
-        const vf x_scales = load(unit.scales + block * unit.m + m, cols);
+        const vf x_scales = load(unit.scales + block * unit.stride + m);
         vf* to = sums[m / kTile][block];
         LK_UNROLL for (int64_t j = 0; j < rows; ++j) {
           const Ints total = (load_vector<Ints>(from.high[j]) << 8) + load_vector<Ints>(from.low[j]);
           to[j] = accumulate(before(to[j]), __builtin_convertvector(total, vf), mul(set1(scales[j][block]), x_scales));
         }
         if (!q.offset) return;
-        Ints all{};
-        memcpy(&all, unit.sums + block * unit.m + m, size_t(cols) * sizeof(int32_t));
+        const Ints all = load_vector<Ints>(unit.sums + block * unit.stride + m);
         const vf product = mul(__builtin_convertvector(all, vf), x_scales);
         for (int64_t j = 0; j < rows; ++j) to[j] = accumulate(to[j], set1(offsets[j][block]), product);
       };

@@ -86,6 +86,15 @@ EMULATED __m256i low_halves(__m512i x) {
   memcpy(&y, narrow, 32);
   return y;
 }
+EMULATED __m128i low_bytes(__m512i x) {
+  uint32_t lanes[16];
+  uint8_t narrow[16];
+  memcpy(lanes, &x, 64);
+  for (int i = 0; i < 16; ++i) narrow[i] = uint8_t(lanes[i]);
+  __m128i y;
+  memcpy(&y, narrow, 16);
+  return y;
+}
 EMULATED __m512i widen_u16(__m256i x) {
   return join<__m512i>(_mm256_cvtepu16_epi32(half<__m128i>(x, 0)), _mm256_cvtepu16_epi32(half<__m128i>(x, 1)));
 }
@@ -223,6 +232,8 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_cvtepu16_epi32(x) emulated::widen_u16(x)
 #define _mm512_cvtepu8_epi16(x) emulated::widen_u8(x)
 #define _mm512_cvtepi32_epi16(x) emulated::low_halves(x)
+#define _mm512_cvtepi32_epi8(x) emulated::low_bytes(x)
+#define _mm512_setzero_si512() (__m512i{})
 #define _mm512_cvtph_ps(x) emulated::from_half(x)
 #define _mm512_cvtps_ph(x, how) emulated::to_half<how>(x)
 #define _mm512_dpbf16_ps(sums, a, b) emulated::dot_bf16(sums, (__m512i)(a), (__m512i)(b))
