@@ -74,7 +74,7 @@ void pack_row(const QuantizedRows& rows, int64_t row, const T* x) {
     if (first < rows.tiled() * kLanes) {
 #if defined(LK_VARIANT_AVX512_AMX)
       const TiledUnit tiled(rows, first / kLanes);
-      place_tiled(tiled, row, q, scales);
+      tiled.place(row, q, scales);
       if (first == 0) first_scale = tiled.scales + row;
 #endif
     } else {

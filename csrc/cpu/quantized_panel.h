@@ -40,10 +40,10 @@ struct QuantizedRows {
   int64_t units() const {
     return whole() / kLanes + __builtin_popcountll(uint64_t(whole() % kLanes)) + (c % kBlock ? 1 : 0);
   }
-  // Units of 16 blocks that AMX multiplies. With fewer rows of x, vectors do it sooner.
+  // Units of 16 blocks that AMX multiplies. With fewer rows of x than a tile has, vectors do it sooner.
   int64_t tiled() const {
 #if defined(LK_VARIANT_AVX512_AMX)
-    return m >= 5 ? whole() / kLanes : 0;
+    return m >= kLanes ? whole() / kLanes : 0;
 #else
     return 0;
 #endif
