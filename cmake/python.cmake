@@ -14,7 +14,7 @@ function(layerskip_python_module name)
     set_target_properties(${name} PROPERTIES
         LIBRARY_OUTPUT_DIRECTORY ${LAYERSKIP_PRODUCTS} PREFIX "" SUFFIX ${LAYERSKIP_EXT_SUFFIX})
     # The modules are loaded into processes with other C++ in them: nothing of ours may stand in for theirs.
-    target_link_options(${name} PRIVATE $<$<PLATFORM_ID:Linux>:-Wl,--exclude-libs,ALL>)
+    target_link_options(${name} PRIVATE $<$<PLATFORM_ID:Linux>:-Wl,--exclude-libs,ALL> $<$<PLATFORM_ID:Linux>:-Wl,-s>)
 endfunction()
 
 layerskip_python_module(_cpu python/cpu_cache.cpp python/cpu_module.cpp python/cpu_tokens.cpp)

@@ -19,7 +19,7 @@ from layerskip_kernels.reference.decoder_stack import compose
 
 VARIANTS = [name for name in _cpu.build_info()["variants"] if not _cpu.why_variant_unsupported(name)]
 BITS = pytest.mark.parametrize("bits", [8, 4])
-EVERY_COUNT = (*range(1, 10), 12, 13, 16, 17, 64, 65, 67)  # rows: every tile, and several passes
+EVERY_COUNT = (*range(1, 10), 12, 13, 16, 17, 33, 64, 65, 67)  # rows: every tile, and several passes
 
 small_linear, exit_head, decoder_stack = OPS["small_linear"], OPS["exit_head"], OPS["decoder_stack"]
 
@@ -59,6 +59,7 @@ def apart(weight):
         (3, 26, 5126, 192),
         (17, 50, 2048, 2048),
         (6, 29, 2046, 64),
+        (35, 60, 3072, 128),
     ],
 )
 @BITS
@@ -96,7 +97,7 @@ def test_the_largest_products_do_not_overflow():
         torch.testing.assert_close(small_linear(x, weight), expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("width", [64, 770, 1090, 2112])
+@pytest.mark.parametrize("width", [64, 770, 1090, 2048, 2112])
 @BITS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 def test_a_row_depends_on_itself_alone(dtype, bits, width):
@@ -150,14 +151,15 @@ def test_fused_equals_its_parts(dtype, bits):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_with_nan_or_infinity_is_nan(bits, bad):
     inputs = Inputs("cpu")
-    x, w = inputs.randn(5, 200), quantized(inputs, 33, 200, bits)
-    clean = small_linear(x, w)
-    for column in (0, 63, 130, 199):
-        poisoned = x.clone()
-        poisoned[2, column] = bad
-        for result in (small_linear(poisoned, w), reference.small_linear(poisoned, w)):
-            assert result[2].isnan().all()
-        assert same_bits(small_linear(poisoned, w)[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+    for rows, width, columns in ((5, 200, (0, 63, 130, 199)), (17, 1100, (0, 1023, 1024, 1099))):
+        x, w = inputs.randn(rows, width), quantized(inputs, 33, width, bits)
+        clean, others = small_linear(x, w), [i for i in range(rows) if i != 2]
+        for column in columns:
+            poisoned = x.clone()
+            poisoned[2, column] = bad
+            result = small_linear(poisoned, w)
+            assert result[2].isnan().all() and reference.small_linear(poisoned, w)[2].isnan().all()
+            assert same_bits(result[others], clean[others])
 
 
 @BITS

@@ -10,6 +10,7 @@ from layerskip_kernels.decode.draft_layers import MOST_ROWS, DraftLayers
 from layerskip_kernels.models.config import ModelConfig
 from layerskip_kernels.models.rope import Rope
 from layerskip_kernels.models.weights import ModelWeights
+from layerskip_kernels.native import cpu_library
 from layerskip_kernels.ops import DecoderLayers, ExitHead, QuantizedWeight, RepetitionPenalty, Sampling, Screen
 from layerskip_kernels.reference.decoder_stack import compose
 
@@ -38,8 +39,9 @@ class Model:
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.rope = Rope(config.rope, self.device)
         self.glue = import_module(GLUE.get(ops.backends["small_linear"], "layerskip_kernels.decode.glue"))
-        linear = torch_linear(ops) if torch_is_faster(ops, self.device, self.dtype) else ops.small_linear
-        self._prefill_ops = SimpleNamespace(**{**vars(ops), "small_linear": linear})
+        self._prefill_ops = None
+        if torch_is_faster(ops, self.device, self.dtype):
+            self._prefill_ops = SimpleNamespace(**{**vars(ops), "small_linear": torch_linear(ops)})
         self._ranges: dict[tuple[int, int, bool], DecoderLayers] = {}
 
     def embed(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
@@ -51,14 +53,14 @@ class Model:
     ) -> None:
         """Layers [first, last) on hidden [B, T, C], in place. `where`: see `ops.decoder_stack`.
 
-        `drafts`: the copies that draft, where there are some. `prefill`: the products go through torch where it is made
-        for many rows.
+        `drafts`: the copies that draft, where there are some. `prefill`: the products go through torch where it is
+        faster with many rows.
         """
         arguments = (hidden, self._layers(first, last, drafts), *cache.layers(first, last))
         constants = dict(
             eps=self.config.rms_norm_eps, scale=self.config.scale, attention_factor=self.rope.attention_factor
         )
-        if prefill:
+        if prefill and self._prefill_ops is not None:
             compose(self._prefill_ops, *arguments, **constants, **where)
         else:
             self.ops.decoder_stack(*arguments, **constants, **where)
@@ -130,9 +132,12 @@ class Model:
 
 
 def torch_is_faster(ops: SimpleNamespace, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether prompts go through torch's product: not where its half-precision one is emulated (x86 before AVX-512)."""
+    """Whether prompts go through torch's product: not where ours takes as many rows at once (bfloat16 with AMX), nor
+    where torch emulates its half-precision one (x86 before AVX-512)."""
     if device.type != "cpu" or ops.backends["small_linear"] != "cpu":
         return True
+    if dtype == torch.bfloat16 and cpu_library()[0].active_variant() == "avx512_amx":
+        return False
     supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,

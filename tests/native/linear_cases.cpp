@@ -24,7 +24,8 @@ void norm(int num_threads) {
 
 template <class T>
 void linear(int num_threads) {
-  const int64_t shapes[][3] = {{1, 1, 1}, {7, 33, 83}, {5, 70, 769}, {66, 25, 40}, {3, 130, 64}, {6, 53, 1500}, {8, 27, 1030}};
+  const int64_t shapes[][3] = {{1, 1, 1}, {7, 33, 83}, {5, 70, 769}, {66, 25, 40}, {3, 130, 64}, {6, 53, 1500}, {8, 27, 1030},
+                              {50, 83, 70}, {33, 20, 96}};
   for (const auto& [m, n, c] : shapes) {
     const int64_t stride = c + 1, out_stride = n + 2;
     const auto x = random_buffer<T>(span(m, stride, c), 4), w = random_buffer<T>(span(n, stride, c), 5, 0.2f);
@@ -61,7 +62,7 @@ int number(const uint8_t* row, int64_t bits, int64_t i, int64_t c) {
 
 template <class T>
 void quantized_linear(int num_threads) {
-  const int64_t shapes[][3] = {{1, 1, 2}, {7, 33, 84}, {5, 70, 1090}, {66, 25, 40}, {3, 130, 1984}};
+  const int64_t shapes[][3] = {{1, 1, 2}, {7, 33, 84}, {5, 70, 1090}, {66, 25, 40}, {3, 130, 1984}, {18, 37, 1090}, {33, 20, 2048}};
   for (const auto& [m, n, c] : shapes)
     for (int64_t bits : {8, 4}) {
       const int64_t stride = c + 1;

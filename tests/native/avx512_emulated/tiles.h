@@ -3,12 +3,20 @@
 #pragma once
 
 namespace emulated {
-
 struct Tile {
-  int rows = 0, bytes = 0;  // none until configured
+  int rows, bytes;  // none until configured
   unsigned char data[16][64];
 };
-static thread_local Tile tiles[8];
+}  // namespace emulated
+
+// One for all files, as there is one in the processor; no other variant has tiles.
+namespace lk::avx512_amx {
+inline thread_local emulated::Tile emulated_tiles[8];
+}
+
+namespace emulated {
+
+using lk::avx512_amx::emulated_tiles;
 
 struct TileConfig {
   uint8_t palette, start_row, reserved[14];
@@ -27,27 +35,30 @@ static inline void configure_tiles(const void* p) {
     if (config.rows[i] > (i < 8 ? 16 : 0) || config.row_bytes[i] > (i < 8 ? 64 : 0)) abort();
     if ((config.rows[i] == 0) != (config.row_bytes[i] == 0)) abort();
     if (i >= 8) continue;
-    tiles[i].rows = config.rows[i];
-    tiles[i].bytes = config.row_bytes[i];
-    memset(tiles[i].data, 0, sizeof(tiles[i].data));
+    Tile& tile = emulated_tiles[i];
+    tile.rows = config.rows[i];
+    tile.bytes = config.row_bytes[i];
+    memset(tile.data, 0, sizeof(tile.data));
   }
 }
 static inline void release_tiles() {
-  for (Tile& tile : tiles) tile.rows = tile.bytes = 0;
+  for (Tile& tile : emulated_tiles) tile.rows = tile.bytes = 0;
 }
 static inline Tile& configured(int i) {
-  if (tiles[i].rows == 0) abort();
-  return tiles[i];
+  if (emulated_tiles[i].rows == 0) abort();
+  return emulated_tiles[i];
 }
-static inline void zero_tile(int i) { memset(configured(i).data, 0, sizeof(tiles[i].data)); }
+static inline void zero_tile(int i) { memset(configured(i).data, 0, sizeof(emulated_tiles[i].data)); }
 static inline void load_tile(int i, const void* base, int64_t stride) {
   zero_tile(i);
-  for (int row = 0; row < tiles[i].rows; ++row)
-    memcpy(tiles[i].data[row], static_cast<const char*>(base) + row * stride, size_t(tiles[i].bytes));
+  Tile& tile = emulated_tiles[i];
+  for (int row = 0; row < tile.rows; ++row)
+    memcpy(tile.data[row], static_cast<const char*>(base) + row * stride, size_t(tile.bytes));
 }
 static inline void store_tile(int i, void* base, int64_t stride) {
-  for (int row = 0; row < configured(i).rows; ++row)
-    memcpy(static_cast<char*>(base) + row * stride, tiles[i].data[row], size_t(tiles[i].bytes));
+  const Tile& tile = configured(i);
+  for (int row = 0; row < tile.rows; ++row)
+    memcpy(static_cast<char*>(base) + row * stride, tile.data[row], size_t(tile.bytes));
 }
 template <class T>
 EMULATED T element(const Tile& tile, int row, int i) {
