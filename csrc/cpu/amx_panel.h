@@ -83,7 +83,6 @@ struct DenseRows<bf16> {
       for (; n + 2 * kTile <= end; n += 2 * kTile) block<2, 1>(tiles, w, n, kTile, last, Fetch{}, totals_of(last, n));
       for (; n < end; n += kTile) block<1, 1>(tiles, w, n, rows(n), last, Fetch{}, totals_of(last, n));
     }
-    _tile_release();  // what is not in use needs not be saved when threads take turns
   }
 
  private:
@@ -135,8 +134,8 @@ struct DenseRows<bf16> {
     if (direct) return;
     for (int i = 0; i < kW * kX; ++i) {
       const int64_t tile = i / kX, x_row = i % kX * kTile;
-      write(sums[i], i % kX ? second : first, tile < kW - 1 ? kTile : rows,
-            {out.data + x_row * out.stride + tile * kTile, out.stride});
+      write_transposed(sums[i], tile < kW - 1 ? kTile : rows, i % kX ? second : first,
+                       out.data + x_row * out.stride + tile * kTile, out.stride);
     }
   }
 
@@ -167,14 +166,6 @@ struct DenseRows<bf16> {
         _tile_dpbf16ps(3, 5, 6);
       }
     }
-  }
-
-  // sums [rows][cols] -> totals: those of x row i at out.data[i * stride].
-  static void write(const float* sums, int64_t cols, int64_t rows, Totals out) {
-    vf v[16];
-    for (int64_t j = 0; j < 16; ++j) v[j] = j < rows ? load(sums + j * cols, cols) : zero();
-    transpose(v);
-    for (int64_t i = 0; i < cols; ++i) store(out.data + i * out.stride, v[i], rows);
   }
 };
 

@@ -195,7 +195,6 @@ LK_INLINE void for_each_tile(const Matrix& w, const QuantizedRows& x, int64_t be
     else sum_units<kBits, false>(tiles, w, x, n, rows, sums);
     use(n, rows, sums);
   }
-  _tile_release();
 }
 
 // The sums of weight rows [begin, end), at most kTileRows, as quantized_panel.cpp has them, for it to go on with: of weight

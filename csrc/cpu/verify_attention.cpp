@@ -1,4 +1,7 @@
 #include "cpu/attention_tile.h"
+#if defined(LK_VARIANT_AVX512_AMX)
+#include "cpu/amx_attention.h"
+#endif
 #include "cpu/ops.h"
 #include "cpu/thread_pool.h"
 #include "cpu/workspace.h"
@@ -50,8 +53,21 @@ struct Call {
     return block.partials + ((row - block.first) * block.chunks + chunk - block.first_chunk) * partial_size;
   }
 
+  const T* query(const Block& block, int64_t row) const {
+    const int64_t t = row / group, h = block.g * group + row % group;
+    return static_cast<const T*>(a.q) + block.b * a.q_stride[0] + t * a.q_stride[1] + h * a.q_stride[2];
+  }
+  // The chunk's first row of a cache.
+  const T* cached(const void* cache, const int64_t* stride, const Block& block, int64_t chunk) const {
+    const int64_t slot = a.slot_ids ? a.slot_ids[block.b] : block.b;
+    return static_cast<const T*>(cache) + slot * stride[0] + block.g * stride[1] + chunk * kChunk * stride[2];
+  }
+
   template <int kRows>
   void tile(const Block& block, int64_t chunk, int64_t first) const;
+#if defined(LK_VARIANT_AVX512_AMX)
+  void run_tiles(const Block& block, int64_t chunk) const;
+#endif
   void run_chunk(const Block& block, int64_t chunk) const;
   void merge_row(const Block& block, int64_t row) const;
   int64_t list_blocks(Block* blocks) const;
@@ -62,7 +78,7 @@ struct Call {
 template <class T>
 template <int kRows>
 void Call<T>::tile(const Block& block, int64_t chunk, int64_t first) const {
-  const int64_t base = chunk * kChunk, length = a.lengths[block.b], slot = a.slot_ids ? a.slot_ids[block.b] : block.b;
+  const int64_t base = chunk * kChunk, length = a.lengths[block.b];
   Tile<T> tile;
   Range range[kRows], any{kChunk, 0}, all{0, kChunk};  // offsets in the chunk
   for (int i = 0; i < kRows; ++i) {
@@ -74,15 +90,9 @@ void Call<T>::tile(const Block& block, int64_t chunk, int64_t first) const {
   if (any.begin >= any.end) return;
   if (a.tree_mask) all.end = least(all.end, most(length - base, 0));
 
-  for (int i = 0; i < kRows; ++i) {
-    const int64_t t = (first + i) / group, h = block.g * group + (first + i) % group;
-    pack_row(static_cast<const T*>(a.q) + block.b * a.q_stride[0] + t * a.q_stride[1] + h * a.q_stride[2], a.d,
-             tile.q[i]);
-  }
-  const T* k = static_cast<const T*>(a.k_cache) + slot * a.k_cache_stride[0] + block.g * a.k_cache_stride[1] +
-               base * a.k_cache_stride[2];
-  const T* v = static_cast<const T*>(a.v_cache) + slot * a.v_cache_stride[0] + block.g * a.v_cache_stride[1] +
-               base * a.v_cache_stride[2];
+  for (int i = 0; i < kRows; ++i) pack_row(query(block, first + i), a.d, tile.q[i]);
+  const T* k = cached(a.k_cache, a.k_cache_stride, block, chunk);
+  const T* v = cached(a.v_cache, a.v_cache_stride, block, chunk);
   const int64_t v_stride = a.v_cache_stride[2];
   score<T, kRows>(tile, k, a.k_cache_stride[2], first == block.first ? v : nullptr, v_stride, a.d,
                   any.begin, any.end);
@@ -116,8 +126,76 @@ void Call<T>::tile(const Block& block, int64_t chunk, int64_t first) const {
   for (int i = 0; i < kRows; ++i) own(i, most(range[i].begin, all.end), range[i].end);
 }
 
+#if defined(LK_VARIANT_AVX512_AMX)
+// All rows of a block over one chunk. Keys that a row does not see have the weight 0 there; where one that others see has a
+// V that is not finite, each row has its V without it.
+template <>
+void Call<bf16>::run_tiles(const Block& block, int64_t chunk) const {
+  const int64_t base = chunk * kChunk, length = a.lengths[block.b];
+  const bf16* k = cached(a.k_cache, a.k_cache_stride, block, chunk);
+  const bf16* v = cached(a.v_cache, a.v_cache_stride, block, chunk);
+  Range range[kBlockRows], any{kChunk, 0}, all{0, kChunk};  // offsets in the chunk
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const Range seen = visible(block.b, (block.first + i) / group);
+    range[i] = {most(seen.begin - base, 0), least(seen.end - base, kChunk)};
+    any = {least(any.begin, range[i].begin), most(any.end, range[i].end)};
+    all = {most(all.begin, range[i].begin), least(all.end, range[i].end)};
+  }
+  if (any.begin >= any.end) return;
+  if (a.tree_mask) all.end = least(all.end, most(length - base, 0));
+  if (all.begin >= all.end) all = {any.end, any.end};
+
+  AttentionTiles tiles;
+  tiles.pack_values(v, a.v_cache_stride[2], a.d, any.begin, any.end, [](int64_t) { return true; });
+  const auto finite = [&](int64_t begin, int64_t end) {
+    vf none = zero();
+    for (int64_t j = begin; j < end; ++j)
+      for (int64_t c = 0; c < a.d; c += kWidth) {
+        const bf16* p = v + j * a.v_cache_stride[2] + c;
+        none = fma(a.d - c < kWidth ? lk::LK_VARIANT::load(p, a.d - c) : lk::LK_VARIANT::load(p), zero(), none);
+      }
+    return sum(none) == 0;
+  };
+  const bool shared = finite(any.begin, all.begin) && finite(all.end, any.end);
+  for (int64_t first = 0; first < block.rows; first += kTile) {
+    const int64_t rows = least(kTile, block.rows - first);
+    tiles.pack_queries(rows, a.d, [&](int64_t i) { return query(block, block.first + first + i); });
+    tiles.score(k, a.k_cache_stride[2], a.d, any.begin, any.end);
+    for (int64_t i = 0; i < rows; ++i) {
+      const Range seen = range[first + i];
+      const int64_t t = (block.first + first + i) / group;
+      if (a.tree_mask)
+        for (int64_t j = most(seen.begin, length - base); j < seen.end; ++j)
+          if (!sees(block.b, t, base + j)) tiles.p[i][j] = -__builtin_inff();
+      const Softmax s = seen.begin < seen.end ? softmax(tiles.p[i], a.scale, seen.begin, seen.end) : Softmax{kNothing, 0};
+      float* result = partial(block, block.first + first + i, chunk);
+      result[0] = s.max;
+      result[1] = s.sum;
+      tiles.split(i, seen.begin, seen.end, any.begin, any.end);
+    }
+    const int64_t stride = block.chunks * partial_size;
+    float* sums = partial(block, block.first + first, chunk) + kHeader;
+    if (shared) {
+      tiles.weigh(0, rows, a.d, any.begin, any.end, sums, stride);
+      continue;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const Range seen = range[first + i];
+      const int64_t t = (block.first + first + i) / group;
+      tiles.pack_values(v, a.v_cache_stride[2], a.d, any.begin, any.end, [&](int64_t j) {
+        return j >= seen.begin && j < seen.end && (!a.tree_mask || sees(block.b, t, base + j));
+      });
+      tiles.weigh(i, 1, a.d, any.begin, any.end, sums + i * stride, stride);
+    }
+  }
+}
+#endif
+
 template <class T>
 void Call<T>::run_chunk(const Block& block, int64_t chunk) const {
+#if defined(LK_VARIANT_AVX512_AMX)
+  if constexpr (std::is_same_v<T, bf16>) return run_tiles(block, chunk);
+#endif
   const int64_t end = block.first + block.rows;
   for (int64_t row = block.first; row < end; row += kTileRows) {
     switch (least(end - row, kTileRows)) {
@@ -147,13 +225,22 @@ void Call<T>::merge_row(const Block& block, int64_t row) const {
     store(p, weight);  // into the header, in place of the maximum and the sum
   }
   T* out = static_cast<T*>(a.out) + block.b * a.out_stride[0] + t * a.out_stride[1] + h * a.out_stride[2];
-  for (int64_t column = 0; column < a.d; column += kWidth) {
+  const auto merged = [&](int64_t column) {
     vf s = zero();
     for (int64_t c = first; c <= last; ++c) {
       const float* p = partial(block, row, c);
       s = fma(load(p), load(p + kHeader + column), s);
     }
-    s = div(s, total);
+    return div(s, total);
+  };
+#if defined(LK_VARIANT_AVX512_AMX)
+  if constexpr (std::is_same_v<T, bf16>) {
+    for (int64_t c = 0; c < a.d; c += 2 * kWidth) store_even_odd(out + c, merged(c), merged(c + kWidth), a.d - c);
+    return;
+  }
+#endif
+  for (int64_t column = 0; column < a.d; column += kWidth) {
+    const vf s = merged(column);
     if (a.d - column >= kWidth) store(out + column, s);
     else store(out + column, s, a.d - column);
   }
@@ -233,7 +320,7 @@ void Call<T>::run() const {
 
 template <class T>
 void run(const VerifyAttentionArgs& a) {
-  Call<T>{a, a.h / a.g, kHeader + (a.d + 15) / 16 * 16}.run();
+  Call<T>{a, a.h / a.g, kHeader + (a.d + 31) / 32 * 32}.run();
 }
 
 }  // namespace

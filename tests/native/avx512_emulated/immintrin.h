@@ -77,6 +77,13 @@ EMULATED Whole blend(Whole a, __mmask16 mask, Whole b) {
   memcpy(&a, x, 64);
   return a;
 }
+EMULATED __mmask16 differ(__m512i a, __m512i b) {
+  uint32_t x[16], y[16], mask = 0;
+  memcpy(x, &a, 64);
+  memcpy(y, &b, 64);
+  for (int i = 0; i < 16; ++i) mask |= uint32_t(x[i] != y[i]) << i;
+  return __mmask16(mask);
+}
 EMULATED __m256i low_halves(__m512i x) {
   uint32_t lanes[16];
   uint16_t narrow[16];
@@ -217,11 +224,15 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_permutex2var_ps(a, index, b) emulated::permute_two(a, index, b)
 #define _mm512_maskz_permutexvar_epi16(mask, index, x) emulated::permute_words(mask, index, x)
 #define _mm512_cmp_ps_mask(a, b, predicate) emulated::compare<predicate>(a, b)
+#undef _mm512_cmpneq_epi32_mask
+#define _mm512_cmpneq_epi32_mask(a, b) emulated::differ(a, b)
 #define _mm512_mask_mov_ps(a, mask, b) emulated::blend<__m512>(a, mask, b)
 #define _mm512_mask_mov_epi32(a, mask, b) emulated::blend<__m512i>(a, mask, b)
 #define _mm512_madd_epi16(a, b) emulated::multiply_pairs(a, b)
 #define _mm512_dpwssd_epi32(sums, a, b) _mm512_add_epi32(sums, emulated::multiply_pairs(a, b))
 #define _mm512_and_si512(a, b) ((__m512i)((a) & (b)))
+#define _mm512_andnot_si512(a, b) ((__m512i)(~(a) & (b)))
+#define _mm512_or_si512(a, b) ((__m512i)((a) | (b)))
 #define _mm512_add_epi32(a, b) ((__m512i)((emulated::U32)(a) + (emulated::U32)(b)))
 #define _mm512_sub_epi32(a, b) ((__m512i)((emulated::U32)(a) - (emulated::U32)(b)))
 #define _mm512_slli_epi32(a, n) ((__m512i)((emulated::U32)(a) << (n)))

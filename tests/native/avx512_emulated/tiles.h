@@ -7,26 +7,26 @@ struct Tile {
   int rows, bytes;  // none until configured
   unsigned char data[16][64];
 };
+struct TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
 }  // namespace emulated
 
 // One for all files, as there is one in the processor; no other variant has tiles.
 namespace lk::avx512_amx {
 inline thread_local emulated::Tile emulated_tiles[8];
+inline thread_local emulated::TileConfig emulated_config;
 }
 
 namespace emulated {
 
 using lk::avx512_amx::emulated_tiles;
 
-struct TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
+static_assert(sizeof(TileConfig) == 64, "what LDTILECFG reads");
 static inline void configure_tiles(const void* p) {
-  TileConfig config;
-  static_assert(sizeof(config) == 64, "what LDTILECFG reads");
+  TileConfig& config = lk::avx512_amx::emulated_config;
   memcpy(&config, p, sizeof(config));
   if (config.palette != 1 || config.start_row) abort();
   for (uint8_t byte : config.reserved)
@@ -41,9 +41,7 @@ static inline void configure_tiles(const void* p) {
     memset(tile.data, 0, sizeof(tile.data));
   }
 }
-static inline void release_tiles() {
-  for (Tile& tile : emulated_tiles) tile.rows = tile.bytes = 0;
-}
+static inline void store_config(void* p) { memcpy(p, &lk::avx512_amx::emulated_config, sizeof(TileConfig)); }
 static inline Tile& configured(int i) {
   if (emulated_tiles[i].rows == 0) abort();
   return emulated_tiles[i];
@@ -103,7 +101,7 @@ EMULATED void multiply_bytes(int sums, int a, int b) {
 }  // namespace emulated
 
 #undef _tile_loadconfig
-#undef _tile_release
+#undef _tile_storeconfig
 #undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
@@ -111,7 +109,7 @@ EMULATED void multiply_bytes(int sums, int a, int b) {
 #undef _tile_dpbssd
 #undef _tile_dpbsud
 #define _tile_loadconfig(p) emulated::configure_tiles(p)
-#define _tile_release() emulated::release_tiles()
+#define _tile_storeconfig(p) emulated::store_config(p)
 #define _tile_zero(i) emulated::zero_tile(i)
 #define _tile_loadd(i, base, stride) emulated::load_tile(i, base, stride)
 #define _tile_stored(i, base, stride) emulated::store_tile(i, base, stride)
