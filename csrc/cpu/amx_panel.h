@@ -96,7 +96,6 @@ struct DenseRows<bf16> {
   void block(Tiles& tiles, const Matrix& weight, int64_t n, int64_t rows, int64_t group, Fetch fetch, Totals out) const {
     const int64_t first = cols(group), second = kX > 1 ? cols(group + 1) : 0, stride = weight.stride;
     const bf16* w = static_cast<const bf16*>(weight.data) + n * stride;
-    const bf16* ahead = w + (fetch.row - n) * stride;
     tiles.shape(rows, first, second);
     _tile_zero(0);
     if constexpr (kW * kX > 1) _tile_zero(1);
@@ -104,20 +103,16 @@ struct DenseRows<bf16> {
       _tile_zero(2);
       _tile_zero(3);
     }
-    const bf16 *x = group_at(group), *y = group_at(group + 1);
-    int64_t k = 0;
-#pragma GCC unroll 1
-    for (; k + kStep <= c; k += kStep, x += kStep * first, y += kStep * second) {
-      if constexpr (kW * kX == 4 && kX == 2)
-        for (int64_t i = 0; i < fetch.count; ++i) prefetch_l2(ahead + i * stride + k);
-      step<kW, kX>(w + k, 2 * stride, x, 4 * first, y, 4 * second);
-    }
-    if (k < c) {
-      alignas(64) bf16 last[kW * kTile][kStep] = {};
-      for (int64_t j = 0; j < (kW - 1) * kTile + rows; ++j)
-        memcpy(last[j], w + j * stride + k, size_t(c - k) * sizeof(bf16));
-      Tiles::keep(last);
-      step<kW, kX>(last[0], 2 * kStep, x, 4 * first, y, 4 * second);
+    if constexpr (kX == 1) {
+      // One after the other: more rows at a time, pages apart, wait for their translations.
+      sum_tile<0>(w, stride, rows, group);
+      if constexpr (kW > 1) sum_tile<1>(w + kTile * stride, stride, rows, group);
+      if constexpr (kW > 2) {
+        sum_tile<2>(w + 2 * kTile * stride, stride, rows, group);
+        sum_tile<3>(w + 3 * kTile * stride, stride, rows, group);
+      }
+    } else {
+      sum_pair<kW>(w, stride, rows, group, w + (fetch.row - n) * stride, fetch.count);
     }
     alignas(64) float sums[4][kTile * kTile];
     float* alone = out.data;  // where totals of one x row lie side by side, as its sums do
@@ -139,32 +134,65 @@ struct DenseRows<bf16> {
     }
   }
 
-  // One step of columns.
-  template <int kW, int kX>
-  LK_MEMBER void step(const bf16* w, int64_t w_bytes, const bf16* x, int64_t x_bytes, const bf16* y, int64_t y_bytes) {
-    const auto rows_at = [&](int tile) { return reinterpret_cast<const char*>(w) + tile * kTile * w_bytes; };
-    _tile_loadd(6, x, x_bytes);
-    _tile_loadd(4, rows_at(0), w_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kX == 2) {
-      _tile_loadd(7, y, y_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (kW == 2) {
-        _tile_loadd(5, rows_at(1), w_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
+  // Sums kSum += a tile of weight rows times a group.
+  template <int kSum>
+  void sum_tile(const bf16* w, int64_t stride, int64_t rows, int64_t group) const {
+    const int64_t width = cols(group);
+    const bf16* x = group_at(group);
+    int64_t k = 0;
+#pragma GCC unroll 1
+    for (; k + kStep <= c; k += kStep, x += kStep * width) add_step<kSum>(w + k, 2 * stride, x, 4 * width);
+    if (k == c) return;
+    alignas(64) bf16 last[kTile][kStep] = {};
+    for (int64_t j = 0; j < rows; ++j) memcpy(last[j], w + j * stride + k, size_t(c - k) * sizeof(bf16));
+    Tiles::keep(last);
+    add_step<kSum>(last[0], 2 * kStep, x, 4 * width);
+  }
+  template <int kSum>
+  LK_MEMBER void add_step(const bf16* w, int64_t w_bytes, const bf16* x, int64_t x_bytes) {
+    if constexpr (kSum % 2 == 0) {
+      _tile_loadd(6, x, x_bytes);
+      _tile_loadd(4, w, w_bytes);
     } else {
-      if constexpr (kW > 1) {
-        _tile_loadd(5, rows_at(1), w_bytes);
-        _tile_dpbf16ps(1, 5, 6);
-      }
-      if constexpr (kW > 2) {
-        _tile_loadd(4, rows_at(2), w_bytes);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_loadd(5, rows_at(3), w_bytes);
-        _tile_dpbf16ps(3, 5, 6);
-      }
+      _tile_loadd(7, x, x_bytes);
+      _tile_loadd(5, w, w_bytes);
+    }
+    if constexpr (kSum == 0) _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kSum == 1) _tile_dpbf16ps(1, 5, 7);
+    if constexpr (kSum == 2) _tile_dpbf16ps(2, 4, 6);
+    if constexpr (kSum == 3) _tile_dpbf16ps(3, 5, 7);
+  }
+
+  // Sums 0 to 3 += kW tiles of weight rows, the last of `rows`, times two groups, while `count` rows at `ahead` are fetched.
+  template <int kW>
+  void sum_pair(const bf16* w, int64_t stride, int64_t rows, int64_t group, const bf16* ahead, int64_t count) const {
+    const int64_t first = cols(group), second = cols(group + 1);
+    const bf16 *x = group_at(group), *y = group_at(group + 1);
+    int64_t k = 0;
+#pragma GCC unroll 1
+    for (; k + kStep <= c; k += kStep, x += kStep * first, y += kStep * second) {
+      for (int64_t i = 0; i < count; ++i) prefetch_l2(ahead + i * stride + k);
+      add_pair_step<kW>(w + k, 2 * stride, x, 4 * first, y, 4 * second);
+    }
+    if (k == c) return;
+    alignas(64) bf16 last[kW * kTile][kStep] = {};
+    for (int64_t j = 0; j < (kW - 1) * kTile + rows; ++j)
+      memcpy(last[j], w + j * stride + k, size_t(c - k) * sizeof(bf16));
+    Tiles::keep(last);
+    add_pair_step<kW>(last[0], 2 * kStep, x, 4 * first, y, 4 * second);
+  }
+  template <int kW>
+  LK_MEMBER void add_pair_step(const bf16* w, int64_t w_bytes, const bf16* x, int64_t x_bytes, const bf16* y,
+                               int64_t y_bytes) {
+    _tile_loadd(6, x, x_bytes);
+    _tile_loadd(4, w, w_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, y, y_bytes);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kW == 2) {
+      _tile_loadd(5, reinterpret_cast<const char*>(w) + kTile * w_bytes, w_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
     }
   }
 };
