@@ -1,7 +1,7 @@
 """Backend "cpu": the native library of csrc/cpu.
 
-Its variant (scalar, avx2, avx512, avx512_bf16, avx512_amx, neon, neon_bf16) is picked at run time; LAYERSKIP_CPU_VARIANT
-overrides the choice.
+Its variant (scalar, avx2, avx512, avx512_bf16, avx512_amx, neon, neon_bf16) is picked at run time;
+LAYERSKIP_CPU_VARIANT overrides the choice.
 """
 
 from __future__ import annotations
