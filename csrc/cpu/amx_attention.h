@@ -20,7 +20,7 @@ struct AttentionTiles {
   alignas(64) bf16 q[kMaxDim * kTile];        // [steps of dimensions] tiles of [16 pairs of dimensions, cols, 2]
   alignas(64) float p[kTile][kChunk];         // scores, then their exponentials
   alignas(64) bf16 high[kTile][kChunk], low[kTile][kChunk];  // the same: p = high + low
-  int64_t rows = 0, cols = 0;  // query rows, and those that tiles have room for
+  int64_t cols = 0;  // query rows that tiles of q have room for
   Tiles tiles;
 
   // Floats that a row of sums takes.
@@ -29,7 +29,6 @@ struct AttentionTiles {
   // query(i) is row i.
   template <class Query>
   void pack_queries(int64_t count, int64_t d, const Query& query) {
-    rows = count;
     cols = count == 1 ? 1 : count <= kFew ? kFew : kTile;
     for (int64_t c = 0; c < d; c += kStep) {
       vf pairs[kTile];  // of each row; then each pair of all rows

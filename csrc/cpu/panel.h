@@ -155,7 +155,7 @@ template <class T>
 struct DenseRows {
   static constexpr int64_t kTileRows = lk::LK_VARIANT::kTileRows;
   static constexpr int64_t kMostRows = kMaxPackedRows;
-  static int64_t most_rows(int64_t) { return kMostRows; }
+  static int64_t most_rows(int64_t) { return kMostRows; }  // of x per pass over weights of so many columns
   int64_t packed_together() const { return 1; }  // rows that are packed by one call, because they share cache lines
 
   typename Dot<T>::X* data;

@@ -243,7 +243,10 @@ void rows_of_width(const Matrix& w, const QuantizedRows& x, int64_t begin, int64
 void QuantizedRows::panel(const Matrix& w, int64_t begin, int64_t end, Totals out) const {
   const bool bytes = w.quantization.bits == 8;
 #if defined(LK_VARIANT_AVX512_AMX)
-  if (tiled() > 0 && tiled() == units()) return bytes ? all_tiled<8>(w, *this, begin, end, out) : all_tiled<4>(w, *this, begin, end, out);
+  if (tiled() > 0 && tiled() == units()) {
+    if (bytes) all_tiled<8>(w, *this, begin, end, out); else all_tiled<4>(w, *this, begin, end, out);
+    return;
+  }
 #endif
   constexpr int64_t kRows = lk::LK_VARIANT::kTileRows;
   for (; begin < end; begin += kRows, out.data += kRows) {

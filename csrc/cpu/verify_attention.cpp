@@ -152,7 +152,7 @@ void Call<bf16>::run_tiles(const Block& block, int64_t chunk) const {
     for (int64_t j = begin; j < end; ++j)
       for (int64_t c = 0; c < a.d; c += kWidth) {
         const bf16* p = v + j * a.v_cache_stride[2] + c;
-        none = fma(a.d - c < kWidth ? lk::LK_VARIANT::load(p, a.d - c) : lk::LK_VARIANT::load(p), zero(), none);
+        none = fma(a.d - c < kWidth ? load(p, a.d - c) : load(p), zero(), none);
       }
     return sum(none) == 0;
   };
