@@ -63,6 +63,36 @@ struct Call {
     return static_cast<const T*>(cache) + slot * stride[0] + block.g * stride[1] + chunk * kChunk * stride[2];
   }
 
+  // What `count` rows from `first` on see of a chunk, as offsets in it, each to seen[i]. Keys that every row sees are `all`;
+  // with a tree mask, only those in front of the window.
+  struct Ranges {
+    Range any, all;
+  };
+  __attribute__((always_inline)) Ranges ranges(const Block& block, int64_t chunk, int64_t first, int64_t count, Range* seen) const {
+    const int64_t base = chunk * kChunk;
+    Range any{kChunk, 0}, all{0, kChunk};
+    for (int64_t i = 0; i < count; ++i) {
+      const Range positions = visible(block.b, (first + i) / group);
+      seen[i] = {most(positions.begin - base, 0), least(positions.end - base, kChunk)};
+      any = {least(any.begin, seen[i].begin), most(any.end, seen[i].end)};
+      all = {most(all.begin, seen[i].begin), least(all.end, seen[i].end)};
+    }
+    if (a.tree_mask) all.end = least(all.end, most(a.lengths[block.b] - base, 0));
+    if (all.begin >= all.end) all = {any.end, any.end};
+    return {any, all};
+  }
+  // A row's scores p become exponentials, of the keys it sees; their maximum and sum go to its partial.
+  __attribute__((always_inline)) void exponentials(const Block& block, int64_t chunk, int64_t row, Range seen, float* p) const {
+    const int64_t base = chunk * kChunk;
+    if (a.tree_mask)
+      for (int64_t j = most(seen.begin, a.lengths[block.b] - base); j < seen.end; ++j)
+        if (!sees(block.b, row / group, base + j)) p[j] = -__builtin_inff();
+    const Softmax s = seen.begin < seen.end ? softmax(p, a.scale, seen.begin, seen.end) : Softmax{kNothing, 0};
+    float* result = partial(block, row, chunk);
+    result[0] = s.max;
+    result[1] = s.sum;
+  }
+
   template <int kRows>
   void tile(const Block& block, int64_t chunk, int64_t first) const;
 #if defined(LK_VARIANT_AVX512_AMX)
@@ -78,17 +108,12 @@ struct Call {
 template <class T>
 template <int kRows>
 void Call<T>::tile(const Block& block, int64_t chunk, int64_t first) const {
-  const int64_t base = chunk * kChunk, length = a.lengths[block.b];
+  const int64_t base = chunk * kChunk;
   Tile<T> tile;
-  Range range[kRows], any{kChunk, 0}, all{0, kChunk};  // offsets in the chunk
-  for (int i = 0; i < kRows; ++i) {
-    const Range seen = visible(block.b, (first + i) / group);
-    range[i] = {most(seen.begin - base, 0), least(seen.end - base, kChunk)};
-    any = {least(any.begin, range[i].begin), most(any.end, range[i].end)};
-    all = {most(all.begin, range[i].begin), least(all.end, range[i].end)};
-  }
+  Range range[kRows];
+  const Ranges shown = ranges(block, chunk, first, kRows, range);
+  const Range any = shown.any, all = shown.all;
   if (any.begin >= any.end) return;
-  if (a.tree_mask) all.end = least(all.end, most(length - base, 0));
 
   for (int i = 0; i < kRows; ++i) pack_row(query(block, first + i), a.d, tile.q[i]);
   const T* k = cached(a.k_cache, a.k_cache_stride, block, chunk);
@@ -98,21 +123,12 @@ void Call<T>::tile(const Block& block, int64_t chunk, int64_t first) const {
                   any.begin, any.end);
 
   for (int i = 0; i < kRows; ++i) {
-    float* result = partial(block, first + i, chunk);
-    tile.sums[i] = result + kHeader;
+    tile.sums[i] = partial(block, first + i, chunk) + kHeader;
     for (int64_t c = 0; c < a.d; c += kWidth) store(tile.sums[i] + c, zero());
-    const int64_t t = (first + i) / group;
-    if (a.tree_mask)
-      for (int64_t j = most(range[i].begin, length - base); j < range[i].end; ++j)
-        if (!sees(block.b, t, base + j)) tile.p[i][j] = -__builtin_inff();
-    const Softmax s = range[i].begin < range[i].end ? softmax(tile.p[i], a.scale, range[i].begin, range[i].end)
-                                                    : Softmax{kNothing, 0};
-    result[0] = s.max;
-    result[1] = s.sum;
+    exponentials(block, chunk, first + i, range[i], tile.p[i]);
   }
 
   // Keys that every row sees share their loads; the others may hold anything where a row does not see them.
-  if (all.begin >= all.end) all = {any.end, any.end};
   auto own = [&](int i, int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end;) {
       int64_t stop = j;
@@ -131,19 +147,12 @@ void Call<T>::tile(const Block& block, int64_t chunk, int64_t first) const {
 // V that is not finite, each row has its V without it.
 template <>
 void Call<bf16>::run_tiles(const Block& block, int64_t chunk) const {
-  const int64_t base = chunk * kChunk, length = a.lengths[block.b];
   const bf16* k = cached(a.k_cache, a.k_cache_stride, block, chunk);
   const bf16* v = cached(a.v_cache, a.v_cache_stride, block, chunk);
-  Range range[kBlockRows], any{kChunk, 0}, all{0, kChunk};  // offsets in the chunk
-  for (int64_t i = 0; i < block.rows; ++i) {
-    const Range seen = visible(block.b, (block.first + i) / group);
-    range[i] = {most(seen.begin - base, 0), least(seen.end - base, kChunk)};
-    any = {least(any.begin, range[i].begin), most(any.end, range[i].end)};
-    all = {most(all.begin, range[i].begin), least(all.end, range[i].end)};
-  }
+  Range range[kBlockRows];
+  const Ranges shown = ranges(block, chunk, block.first, block.rows, range);
+  const Range any = shown.any, all = shown.all;
   if (any.begin >= any.end) return;
-  if (a.tree_mask) all.end = least(all.end, most(length - base, 0));
-  if (all.begin >= all.end) all = {any.end, any.end};
 
   AttentionTiles tiles;
   tiles.pack_values(v, a.v_cache_stride[2], a.d, any.begin, any.end, [](int64_t) { return true; });
@@ -163,14 +172,7 @@ void Call<bf16>::run_tiles(const Block& block, int64_t chunk) const {
     tiles.score(k, a.k_cache_stride[2], a.d, any.begin, any.end);
     for (int64_t i = 0; i < rows; ++i) {
       const Range seen = range[first + i];
-      const int64_t t = (block.first + first + i) / group;
-      if (a.tree_mask)
-        for (int64_t j = most(seen.begin, length - base); j < seen.end; ++j)
-          if (!sees(block.b, t, base + j)) tiles.p[i][j] = -__builtin_inff();
-      const Softmax s = seen.begin < seen.end ? softmax(tiles.p[i], a.scale, seen.begin, seen.end) : Softmax{kNothing, 0};
-      float* result = partial(block, block.first + first + i, chunk);
-      result[0] = s.max;
-      result[1] = s.sum;
+      exponentials(block, chunk, block.first + first + i, seen, tiles.p[i]);
       tiles.split(i, seen.begin, seen.end, any.begin, any.end);
     }
     const int64_t stride = block.chunks * partial_size;
@@ -183,7 +185,7 @@ void Call<bf16>::run_tiles(const Block& block, int64_t chunk) const {
       const Range seen = range[first + i];
       const int64_t t = (block.first + first + i) / group;
       tiles.pack_values(v, a.v_cache_stride[2], a.d, any.begin, any.end, [&](int64_t j) {
-        return j >= seen.begin && j < seen.end && (!a.tree_mask || sees(block.b, t, base + j));
+        return j >= seen.begin && j < seen.end && (!a.tree_mask || sees(block.b, t, chunk * kChunk + j));
       });
       tiles.weigh(i, 1, a.d, any.begin, any.end, sums + i * stride, stride);
     }

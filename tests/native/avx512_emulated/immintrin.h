@@ -84,22 +84,15 @@ EMULATED __mmask16 differ(__m512i a, __m512i b) {
   for (int i = 0; i < 16; ++i) mask |= uint32_t(x[i] != y[i]) << i;
   return __mmask16(mask);
 }
-EMULATED __m256i low_halves(__m512i x) {
+// The low bits of 32-bit lanes.
+template <class Narrow, class Element>
+EMULATED Narrow narrowed(__m512i x) {
   uint32_t lanes[16];
-  uint16_t narrow[16];
+  Element narrow[16];
   memcpy(lanes, &x, 64);
-  for (int i = 0; i < 16; ++i) narrow[i] = uint16_t(lanes[i]);
-  __m256i y;
-  memcpy(&y, narrow, 32);
-  return y;
-}
-EMULATED __m128i low_bytes(__m512i x) {
-  uint32_t lanes[16];
-  uint8_t narrow[16];
-  memcpy(lanes, &x, 64);
-  for (int i = 0; i < 16; ++i) narrow[i] = uint8_t(lanes[i]);
-  __m128i y;
-  memcpy(&y, narrow, 16);
+  for (int i = 0; i < 16; ++i) narrow[i] = Element(lanes[i]);
+  Narrow y;
+  memcpy(&y, narrow, sizeof(y));
   return y;
 }
 EMULATED __m512i widen_u16(__m256i x) {
@@ -242,8 +235,8 @@ EMULATED __m512 dot_bf16(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_cvtepi32_ps(x) emulated::from_int(x)
 #define _mm512_cvtepu16_epi32(x) emulated::widen_u16(x)
 #define _mm512_cvtepu8_epi16(x) emulated::widen_u8(x)
-#define _mm512_cvtepi32_epi16(x) emulated::low_halves(x)
-#define _mm512_cvtepi32_epi8(x) emulated::low_bytes(x)
+#define _mm512_cvtepi32_epi16(x) (emulated::narrowed<__m256i, uint16_t>(x))
+#define _mm512_cvtepi32_epi8(x) (emulated::narrowed<__m128i, uint8_t>(x))
 #define _mm512_setzero_si512() (__m512i{})
 #define _mm512_cvtph_ps(x) emulated::from_half(x)
 #define _mm512_cvtps_ph(x, how) emulated::to_half<how>(x)
